@@ -1,0 +1,1 @@
+"""Data: token corpora on disk and the generators of the nano families."""

@@ -1,0 +1,104 @@
+"""Stage 1: the mixers of *all* layers learn their attention layer's output, once per base and mixer.
+
+Every run that starts `aligned`, and KL-guided selection, starts from this folder (the alignment
+stage of KL-guided selection, section 2.1; hidden-state alignment of MOHAWK).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rad.data.corpus import Corpus
+from rad.distillation import loop, losses, state as states
+from rad.distillation.batches import slice_of
+from rad.distillation.run import save_aligned, versions
+from rad.files import digest, write_json
+from rad.models import sources
+from rad.models.convert import convert
+from rad.placement import Placement
+from rad.settings import AlignmentSettings, StageSettings
+
+HELD_OUT_ROWS = 32
+
+
+def align(
+    base_record: Mapping[str, Any],
+    mixer: Mapping[str, Any],
+    settings: AlignmentSettings,
+    *,
+    corpus: Path,
+    state: Path,
+    output: Path,
+) -> None:
+    """Write `mixers.safetensors` and `alignment.json` under `output`; resumable like any job."""
+    base = sources.load(
+        base_record["source"], revision=base_record["revision"], dtype=base_record["dtype"]
+    )
+    base.requires_grad_(False)
+    nothing = Placement(
+        base=base_record["name"],
+        layers=base_record["layers"],
+        heads=base_record["heads"],
+        kv_heads=base_record["kv_heads"],
+        softmax=[],
+        selector="none",
+    )
+    student = convert(base, nothing, mixer, settings.initialisation, seed=settings.seed)
+    data = Corpus(corpus)
+    stage = StageSettings(
+        loss="align",
+        trainable="mixers",
+        tokens=settings.tokens,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+    )
+    what = {
+        "base_weights_sha256": base_record["weights_sha256"],
+        "mixer": dict(mixer),
+        "settings": settings.model_dump(mode="json"),
+        "corpus": data.manifest["settings_sha256"],
+    }
+    before = layer_errors(base, student, data)
+    job = loop.Job(
+        student=student,
+        base=base,
+        teacher=base,
+        corpus=data,
+        stages=[stage],
+        seed=settings.seed,
+        digest=digest(what),
+        state=state,
+        title=f"align {base_record['name']} {mixer['type']}",
+    )
+    records = loop.train(job)
+    save_aligned(student, output)
+    write_json(
+        output / "alignment.json",
+        {
+            "schema": 1,
+            **what,
+            "held_out_error_before": before,
+            "held_out_error_after": layer_errors(base, student, data),
+            "cost": {"tokens": records[-1]["tokens"], "seconds": job.seconds},
+            "losses": [record["train_loss"] for record in records],
+            "versions": versions(),
+        },
+    )
+    states.discard(state)
+
+
+@torch.no_grad()
+def layer_errors(base: Any, student: Any, corpus: Corpus) -> list[float]:
+    """Held-out alignment loss of every layer: (L,) in units of the attention output's RMS error."""
+    tokens, weight = slice_of(
+        corpus.rows("held_out"), corpus.weights("held_out"), slice(0, HELD_OUT_ROWS)
+    )
+    errors = []
+    for layer, inputs, output, rope in loop.attention_pairs(base, tokens):
+        mine, _ = student.model.layers[layer].self_attn(inputs, position_embeddings=rope)
+        errors.append(losses.alignment_loss(output, mine, (weight > 0).float()).item())
+    return errors

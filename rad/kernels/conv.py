@@ -1,0 +1,41 @@
+"""Causal depthwise convolution with a carried state.
+
+Legend: B batch, T time, E channels, W width. The state holds the last W-1 inputs (B,W-1,E).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def causal_conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """y_t = bias + sum_w weight[:, w] x_{t-W+1+w}, one step at a time; x (B,T,E), weight (E,W)."""
+    width = weight.shape[1]
+    window = state
+    outputs = []
+    for x_t in x.unbind(1):
+        window = torch.cat([window, x_t.unsqueeze(1)], dim=1)  # (B,W,E)
+        y = (window * weight.t()).sum(1)
+        outputs.append(y if bias is None else y + bias)
+        window = window[:, window.shape[1] - (width - 1) :]
+    return torch.stack(outputs, dim=1), window
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Equal to the reference, as a sum of W shifted products: x (B,T,E) -> y (B,T,E), new state."""
+    batch, time, channels = x.shape
+    width = weight.shape[1]
+    if state is None:
+        state = x.new_zeros(batch, width - 1, channels)
+    padded = torch.cat([state, x], dim=1)  # (B,W-1+T,E)
+    y = padded[:, width - 1 :] * weight[:, width - 1]
+    if bias is not None:
+        y = y + bias
+    for tap in range(width - 1):
+        y = torch.addcmul(y, padded[:, tap : tap + time], weight[:, tap])
+    return y, padded[:, time:]

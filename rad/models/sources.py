@@ -1,0 +1,127 @@
+"""Where models come from: `nano:<size>`, a local checkpoint folder, or a hub id.
+
+`describe` reads the configuration only (no torch) and fails early with one line; `load` reads the
+weights. Remote code is never trusted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rad.files import digest, file_digest, read_json
+
+NANO_SIZES = ("base", "medium", "large")
+KNOWN_FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message names the model and the remedy."""
+
+
+def resolve(source: str) -> Path | str:
+    """The local folder of a source, or the hub id as it is; raises `ModelError`."""
+    if source.startswith("nano:"):
+        size = source.removeprefix("nano:")
+        if size not in NANO_SIZES:
+            raise ModelError(f"model {source!r}: nano has {', '.join(NANO_SIZES)}")
+        folder = Path(str(files("rad") / "assets" / "nano" / size))
+        if not (folder / "model.safetensors").exists():
+            raise ModelError(f"model {source!r}: {folder} has no model.safetensors; see docs/nano.md")
+        return folder
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise ModelError(f"model {source!r}: the folder has no config.json")
+        return folder
+    # a hub id is `name` or `owner/name`; anything else was meant as a path
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ModelError(f"model {source!r}: no such folder")
+    return source
+
+
+def describe(
+    name: str, settings: Mapping[str, Any], *, weights: bool = True, hub: bool = True
+) -> dict[str, Any] | None:
+    """The record of `models/<name>/source.json`; raises `ModelError`.
+
+    `weights=False` leaves their digest out (it reads every byte of a local checkpoint);
+    `hub=False` returns None for a hub id instead of asking the network.
+    """
+    source = settings["source"]
+    path = resolve(source)
+    if not isinstance(path, Path) and not hub:
+        return None
+    if isinstance(path, Path):
+        config = read_json(path / "config.json")
+        shards = sorted(path.glob("*.safetensors"))
+        if not shards:
+            raise ModelError(f"model {source!r}: {path} has no *.safetensors file")
+        tokenizer = path / "tokenizer.json"
+        if not tokenizer.exists():
+            raise ModelError(f"model {source!r}: {path} has no tokenizer.json")
+        vocabulary = digest(read_json(tokenizer)["model"])
+        weights_digest = digest([file_digest(file) for file in shards]) if weights else None
+    else:
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(path, revision=settings["revision"]).to_dict()
+            vocab = AutoTokenizer.from_pretrained(path, revision=settings["revision"]).get_vocab()
+        except OSError as error:
+            raise ModelError(
+                f"model {source!r}: neither a local folder nor reachable on the hub"
+            ) from error
+        vocabulary = digest(vocab)
+        weights_digest = f"{path}@{settings['revision'] or 'main'}"
+    family = config.get("model_type")
+    if family not in KNOWN_FAMILIES:
+        raise ModelError(
+            f"model {source!r}: model_type {family!r} is not one of {', '.join(KNOWN_FAMILIES)}"
+        )
+    heads = config["num_attention_heads"]
+    return {
+        "schema": 1,
+        "name": name,
+        "source": source,
+        "path": str(path),
+        "revision": settings["revision"],
+        "dtype": settings["dtype"],
+        "architecture": family,
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "hidden_size": config["hidden_size"],
+        "vocab_size": config["vocab_size"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "weights_sha256": weights_digest,
+        "tokenizer_sha256": vocabulary,
+    }
+
+
+def load(source: str, *, revision: str | None = None, dtype: str = "float32") -> Any:
+    """The model of a source, in evaluation mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rad.models.hybrid import register
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(resolve(source)), revision=revision, dtype=getattr(torch, dtype)
+    )
+    return model.eval()
+
+
+def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
+    """The tokenizer of a source, padding on the left."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve(source)), revision=revision)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,78 @@
+"""Checks that need the models' configurations and the data files, but no weights: before any work.
+
+Each fault is one line that names the key and what would be right. Imports no torch for local models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rad.models.sources import ModelError, describe
+from rad.placement import BudgetError
+from rad.study import Study, StudyError
+
+LAYER_WISE = ("uniform", "rad", "kl_guided")
+
+
+def check(study: Study) -> dict[str, dict[str, Any]]:
+    """Model name -> its description; raises `StudyError` on the first fault.
+
+    Hub ids are described by the workflow's first rule instead, because that needs the network.
+    """
+    records = {}
+    for name, settings in study.models.items():
+        try:
+            record = describe(name, settings.model_dump(), weights=False, hub=False)
+        except ModelError as error:
+            raise StudyError(f"models.{name}: {error}") from error
+        if record is not None:
+            records[name] = record
+    _check_vocabularies(study, records)
+    _check_budgets(study, records)
+    _check_files(study)
+    return records
+
+
+def _check_vocabularies(study: Study, records: dict[str, dict[str, Any]]) -> None:
+    for run in study.run_table.values():
+        base, teacher = records.get(run.base), records.get(run.teacher)
+        if base and teacher and base["tokenizer_sha256"] != teacher["tokenizer_sha256"]:
+            raise StudyError(
+                f"teacher {run.teacher!r} has another vocabulary than base {run.base!r} "
+                f"({teacher['vocab_size']} against {base['vocab_size']} tokens): distillation "
+                "compares next-token distributions, so both need the same tokenizer"
+            )
+
+
+def _check_budgets(study: Study, records: dict[str, dict[str, Any]]) -> None:
+    for run in study.run_table.values():
+        record = records.get(run.base)
+        if record is None:
+            continue
+        method = study.selector_settings[run.selector].method  # type: ignore[attr-defined]
+        try:
+            run.budget.head_count(record["layers"], record["heads"])
+            if method in LAYER_WISE:
+                run.budget.layer_count(record["layers"], record["heads"])
+        except BudgetError as error:
+            raise StudyError(f"run {run.id}: {error}") from error
+
+
+def _check_files(study: Study) -> None:
+    wanted = [
+        (f"corpora.{name}.files", file)
+        for name, corpus in study.corpora.items()
+        for file in corpus.files
+    ]
+    for name, task in study.evaluation.tasks.items():
+        wanted += [(f"evaluation.tasks.{name}.files", file) for file in task.files]
+        wanted += [(f"evaluation.tasks.{name}.shot_files", file) for file in task.shot_files]
+    for name, corpus in study.corpora.items():
+        if corpus.source == "text" and not corpus.files:
+            raise StudyError(f"corpora.{name}.files: source `text` needs at least one file")
+        if corpus.source == "hub" and not corpus.dataset:
+            raise StudyError(f"corpora.{name}.dataset: source `hub` needs a dataset")
+    for key, file in wanted:
+        if not Path(file).is_file():
+            raise StudyError(f"{key}: no such file: {file}")

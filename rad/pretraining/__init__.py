@@ -1,0 +1,1 @@
+"""Pretraining of the nano models that ship with the package."""

@@ -1,0 +1,116 @@
+"""What the nano models are and how each is trained: the table that `pretrain` follows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training, started with fresh optimiser moments."""
+
+    kind: str  # "induction" or "mixture"
+    steps: int
+    learning_rate: float
+    rows: int = 32
+    context: int = 128
+    warmup: int = 50
+    final: float = 1.0  # learning rate at the end as a part of the peak (cosine)
+    grow: tuple[int | None, ...] | None = None  # layers after the change, see growth.grow
+    hard_share: float = 0.3
+    shares: tuple[tuple[str, float], ...] | None = None
+    crux_turns: int = 1  # calls asked of each function
+    # Share of variable tracing within ruler_nano; if given, every variable is asked, not the ends.
+    trace_share: float | None = None
+    stop: int | None = None  # the phase ends here, its schedule being that of `steps`
+    # induction only
+    active_heads: tuple[int, ...] | None = None
+    block: tuple[int, int] = (6, 32)
+    threshold: float = 0.4
+    attempts: int = 5
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Architecture of the first phase and the phases in order."""
+
+    width: int
+    mlp: int
+    phases: tuple[Phase, ...]
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    parent: str | None = None
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    micro_rows: int = 16
+
+    def digest(self, seed: int) -> str:
+        text = json.dumps([dataclasses.asdict(self), seed], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_CODE_HEAVY = (("gsm_nano", 0.18), ("crux_nano", 0.52), ("ruler_nano", 0.23), ("text_nano", 0.07))
+_FOUR = (0, None, 1, None)
+_EIGHT = (0, None, 1, None, 2, None, 3, None)
+# A silent copy of the looking-up layer 4: following a variable needs two such layers.
+_TEN = (0, 1, 2, 3, 4, 5, 4, None, 6, 7)
+_TWELVE = (0, 1, None, 2, 3, None, 4, 5, None, 6, 7, None)
+
+RECIPES: dict[str, PretrainRecipe] = {
+    "base": PretrainRecipe(
+        width=96,
+        mlp=192,
+        phases=(
+            Phase("induction", 700, 3e-3, rows=64, context=96, active_heads=(2, 1)),
+            Phase("mixture", 700, 3e-3, grow=_FOUR),
+            Phase("mixture", 5000, 2.5e-3, grow=_EIGHT, final=0.02, stop=1868),
+            Phase(
+                "mixture", 3600, 2e-3, final=0.02, shares=_CODE_HEAVY, crux_turns=3, trace_share=0.5
+            ),
+        ),
+    ),
+    "medium": PretrainRecipe(
+        width=128,
+        mlp=256,
+        phases=(
+            Phase("induction", 700, 3e-3, rows=64, context=96, active_heads=(2, 1)),
+            Phase("mixture", 700, 3e-3, grow=_FOUR),
+            Phase("mixture", 4500, 2e-3, grow=_EIGHT, final=0.02, hard_share=0.45, stop=1649),
+            Phase(
+                "mixture",
+                3200,
+                2e-3,
+                final=0.02,
+                hard_share=0.45,
+                shares=_CODE_HEAVY,
+                crux_turns=3,
+                trace_share=0.5,
+                stop=1668,
+            ),
+            Phase(
+                "mixture",
+                1500,
+                2e-3,
+                grow=_TEN,
+                final=0.02,
+                hard_share=0.45,
+                shares=_CODE_HEAVY,
+                crux_turns=3,
+                trace_share=0.5,
+            ),
+        ),
+    ),
+    "large": PretrainRecipe(
+        width=128,
+        mlp=256,
+        layers=8,
+        parent="medium",
+        phases=(Phase("mixture", 3000, 1.5e-3, grow=_TWELVE, final=0.02, hard_share=0.6),),
+    ),
+}

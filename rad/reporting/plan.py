@@ -1,0 +1,191 @@
+"""Which runs are compared with which, and the files a report consists of. No torch, no matplotlib.
+
+The workflow calls `outputs(study)` while it builds its graph, so everything here follows from the
+study alone, never from what is on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rad.study import Run, Study
+
+# everything but the selector, the teacher and the seed: what a controlled comparison holds fixed
+FIXED = ("base", "budget", "mixer", "initialisation", "recipe")
+FIGURE_FORMATS = ("svg", "pdf")
+TABLE_FORMATS = ("csv", "md", "tex")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ by seed only: one row, or one entry of a row, in every table."""
+
+    view: str
+    base: str
+    selector: str
+    budget: str
+    mixer: str
+    initialisation: str
+    recipe: str
+    teacher: str
+    label: str | None
+    runs: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @property
+    def fixed(self) -> tuple[str, ...]:
+        """Values of `FIXED`."""
+        return tuple(str(getattr(self, name)) for name in FIXED)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Cells that may be compared with each other: only selector and teacher differ."""
+
+    base: str
+    budget: str
+    mixer: str
+    initialisation: str
+    recipe: str
+    suffix: str  # tells this block's files from those of the study's other blocks, may be empty
+    cells: tuple[Cell, ...]
+
+    @property
+    def selectors(self) -> list[str]:
+        """Selectors in grid order."""
+        return list(dict.fromkeys(cell.selector for cell in self.cells))
+
+    @property
+    def teachers(self) -> list[str]:
+        """Teachers in grid order."""
+        return list(dict.fromkeys(cell.teacher for cell in self.cells))
+
+    def cell(self, selector: str, teacher: str) -> Cell | None:
+        """The cell of a selector and a teacher, if the grid has it."""
+        for cell in self.cells:
+            if (cell.selector, cell.teacher) == (selector, teacher):
+                return cell
+        return None
+
+
+def cells(study: Study, view: str) -> list[Cell]:
+    """The view's runs with seeds gathered, in grid order."""
+    gathered: dict[tuple[str, ...], list[Run]] = {}
+    for run in study.run_table.values():
+        if view in run.views:
+            key = (run.base, run.selector, run.budget.slug, run.mixer, run.initialisation)
+            gathered.setdefault((*key, run.recipe, run.teacher), []).append(run)
+    return [
+        Cell(
+            view=view,
+            base=runs[0].base,
+            selector=runs[0].selector,
+            budget=runs[0].budget.slug,
+            mixer=runs[0].mixer,
+            initialisation=runs[0].initialisation,
+            recipe=runs[0].recipe,
+            teacher=runs[0].teacher,
+            label=runs[0].label,
+            runs=tuple(run.id for run in runs),
+            seeds=tuple(run.seed for run in runs),
+        )
+        for runs in gathered.values()
+    ]
+
+
+def blocks(study: Study, view: str = "controlled") -> list[Block]:
+    """The view's cells, split so that inside a block only selector and teacher differ."""
+    grouped: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells(study, view):
+        grouped.setdefault(cell.fixed, []).append(cell)
+    varying = [index for index in range(len(FIXED)) if len({fixed[index] for fixed in grouped}) > 1]
+    return [
+        Block(
+            base=members[0].base,
+            budget=members[0].budget,
+            mixer=members[0].mixer,
+            initialisation=members[0].initialisation,
+            recipe=members[0].recipe,
+            suffix="".join(f"-{fixed[index]}" for index in varying),
+            cells=tuple(members),
+        )
+        for fixed, members in grouped.items()
+    ]
+
+
+def views(study: Study) -> list[str]:
+    """Views that the study has runs in."""
+    present = {view for run in study.run_table.values() for view in run.views}
+    return [view for view in ("controlled", "faithful", "reference") if view in present]
+
+
+def trained(study: Study, members: Iterable[Cell]) -> list[Cell]:
+    """Cells whose recipe has stages, so that a curve exists."""
+    return [cell for cell in members if study.recipes[cell.recipe].stages]
+
+
+def uniform_selectors(study: Study) -> list[str]:
+    """Selectors of the method `uniform`; the first is what others are compared to."""
+    return [
+        name
+        for name, settings in study.selector_settings.items()
+        if getattr(settings, "method", None) == "uniform"
+    ]
+
+
+def row_titles(members: Iterable[Cell]) -> dict[Cell, str]:
+    """A title per cell: its label, or what tells it apart when the label does not."""
+    members = list(members)
+    titles = {cell: cell.label or f"{cell.selector}, teacher {cell.teacher}" for cell in members}
+    for distinguishing in (("selector", "teacher"), FIXED):
+        counts: dict[str, int] = {}
+        for title in titles.values():
+            counts[title] = counts.get(title, 0) + 1
+        for cell, title in titles.items():
+            if counts[title] > 1:
+                extra = [str(getattr(cell, name)) for name in distinguishing]
+                titles[cell] = f"{title} ({', '.join(extra)})"
+    return titles
+
+
+def table_names(study: Study) -> list[str]:
+    """Tables that exist in three formats."""
+    present = views(study)
+    names = []
+    if "controlled" in present:
+        names += ["controlled", "tasks", "teachers"]
+    if "faithful" in present:
+        names.append("faithful")
+    if "reference" in present or study.references:
+        names.append("references")
+    if study.run_table:
+        names += ["selection", "heldout"]
+    return [*names, "efficiency"]
+
+
+def figure_names(study: Study) -> list[str]:
+    """Figures, without extension; one per block where blocks cannot share axes."""
+    names = []
+    for block in blocks(study):
+        if trained(study, block.cells):
+            names.append(f"convergence_kl{block.suffix}")
+            if study.evaluation.probe_samples:
+                names.append(f"convergence_probe{block.suffix}")
+        names.append(f"scores{block.suffix}")
+    present = views(study)
+    if "controlled" in present:
+        names += ["placements", "score_vs_kv"]
+    if "faithful" in present:
+        if trained(study, cells(study, "faithful")):
+            names.append("convergence_faithful")
+        names.append("placements_faithful")
+    return names
+
+
+def outputs(study: Study) -> dict[str, list[str]]:
+    """Files of a report by kind, relative to `results/<study>/`, in the order of the report."""
+    tables = ["tables/scores.csv", "tables/families.csv"]
+    tables += [f"tables/{name}.{form}" for name in table_names(study) for form in TABLE_FORMATS]
+    figures = [f"figures/{name}.{form}" for name in figure_names(study) for form in FIGURE_FORMATS]
+    return {"tables": tables, "figures": figures, "report": ["report.html"]}

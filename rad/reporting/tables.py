@@ -1,0 +1,40 @@
+"""The tables of a study by name, and how they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rad.files import write_text
+from rad.reporting import cost_tables, score_tables
+from rad.reporting.collect import Results
+from rad.reporting.plan import table_names
+from rad.reporting.scores import families, single_tasks
+from rad.reporting.writers import Table, csv_text, write_table
+
+TABLES: dict[str, Callable[[Results], Table]] = {
+    "controlled": score_tables.controlled,
+    "tasks": score_tables.tasks,
+    "teachers": score_tables.teachers,
+    "faithful": score_tables.faithful,
+    "references": score_tables.references,
+    "selection": cost_tables.selection,
+    "heldout": cost_tables.heldout,
+    "efficiency": cost_tables.efficiency,
+}
+
+
+def all_tables(results: Results) -> dict[str, Table]:
+    """The tables that the study has, by name."""
+    return {name: TABLES[name](results) for name in table_names(results.study)}
+
+
+def write_tables(results: Results, folder: Path) -> dict[str, Table]:
+    """Write every table and the tidy `scores.csv` and `families.csv`; returns the tables."""
+    for name, chosen in (("scores", single_tasks(results)), ("families", families(results))):
+        records = score_tables.score_records(results, chosen)
+        write_text(folder / f"{name}.csv", csv_text(score_tables.SCORE_FIELDS, records))
+    tables = all_tables(results)
+    for table in tables.values():
+        write_table(table, folder)
+    return tables

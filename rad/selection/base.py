@@ -1,0 +1,197 @@
+"""What every selector is given and must return, and the registry of selectors.
+
+Importing this module imports no torch: the registry names functions, and they are imported when
+they are called.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rad.placement import Budget, Cost, Placement
+from rad.settings import Settings
+
+Selector = Callable[["SelectionContext"], Placement]
+
+# method -> module:function. A selector outside the package is a workflow rule, not an entry here.
+SELECTORS: dict[str, str] = {
+    "uniform": "rad.selection.uniform:select",
+    "rad": "rad.selection.rad:select",
+    "kl_guided": "rad.selection.kl_guided:select",
+    "retrieval_aware": "rad.selection.retrieval_aware:select",
+}
+
+
+class SelectionError(ValueError):
+    """A selector cannot run on this base or corpus; the message is one line."""
+
+
+class CostMeter:
+    """Counts the tokens and model calls of a selection, and its wall time since creation."""
+
+    def __init__(self) -> None:
+        self.tokens = 0.0
+        self.forward_passes = 0
+        self._start = time.perf_counter()
+
+    def add(self, tokens: float, passes: int = 1) -> None:
+        """Count `passes` model calls over `tokens` tokens in all.
+
+        A call that runs a share of the layers counts that share of its tokens.
+        """
+        self.tokens += tokens
+        self.forward_passes += passes
+
+    def cost(self) -> Cost:
+        """The record that goes into the placement."""
+        seconds = time.perf_counter() - self._start
+        return Cost(tokens=round(self.tokens), seconds=seconds, forward_passes=self.forward_passes)
+
+
+def _silent(message: str) -> None:
+    del message
+
+
+@dataclass
+class SelectionContext:
+    """The inputs of a selector.
+
+    `model` is a Hugging Face causal model whose layers have `self_attn.{q,k,v,o}_proj`; `uniform`
+    needs neither it nor a tokenizer. `corpus` is a folder as `docs/contracts.md` describes it.
+    """
+
+    base: str
+    layers: int
+    heads: int
+    kv_heads: int
+    budget: Budget
+    settings: Settings
+    model: Any = None
+    tokenizer: Any = None
+    corpus: Path | None = None
+    progress: Callable[[str], None] = _silent
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    resources: Mapping[str, Any] = field(default_factory=dict)  # inputs of one selector only
+    meter: CostMeter = field(default_factory=CostMeter)
+
+    @classmethod
+    def for_model(
+        cls, model: Any, budget: Budget, settings: Settings, *, base: str = "base", **fields: Any
+    ) -> SelectionContext:
+        """A context whose shape is read from `model.config`."""
+        config = model.config
+        return cls(
+            base=base,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            budget=budget,
+            settings=settings,
+            model=model,
+            **fields,
+        )
+
+    def need_model(self) -> Any:
+        """The model, in evaluation mode; raises `SelectionError` when there is none."""
+        if self.model is None:
+            raise SelectionError(f"selector {self._method()} needs the base model's weights")
+        return self.model.eval()
+
+    def need_corpus(self) -> Path:
+        """The corpus folder; raises `SelectionError` when there is none."""
+        if self.corpus is None:
+            raise SelectionError(f"selector {self._method()} needs a corpus to calibrate on")
+        return self.corpus
+
+    def placement(self, softmax: list[tuple[int, int]], **fields: Any) -> Placement:
+        """The placement keeping `softmax`, with this context's shape, settings and cost filled in.
+
+        Raises `BudgetError` when it does not meet the budget.
+        """
+        found = Placement(
+            schema=1,
+            base=self.base,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            softmax=softmax,
+            selector=self._method(),
+            parameters=self.settings.model_dump(mode="json", exclude={"method"}),
+            scores=fields.pop("scores", None),
+            cost=self.meter.cost(),
+            provenance={**self.provenance, **fields.pop("provenance", {})},
+        )
+        if fields:
+            raise TypeError(f"unknown fields {sorted(fields)}")
+        found.check_budget(self.budget)
+        return found
+
+    def layer_placement(self, kept: list[int], **fields: Any) -> Placement:
+        """`placement` of the whole layers `kept`."""
+        pairs = [(layer, head) for layer in kept for head in range(self.heads)]
+        return self.placement(pairs, **fields)
+
+    def _method(self) -> str:
+        return str(getattr(self.settings, "method", "?"))
+
+
+def load_selector(method: str) -> Selector:
+    """The function registered for `method`; raises `SelectionError` when there is none."""
+    try:
+        module, function = SELECTORS[method].split(":")
+    except KeyError:
+        known = ", ".join(SELECTORS)
+        raise SelectionError(f"unknown selector {method!r}; known: {known}") from None
+    selector: Selector = getattr(import_module(module), function)
+    return selector
+
+
+def select(context: SelectionContext) -> Placement:
+    """Run the selector that `context.settings` names and check its placement's budget."""
+    found = load_selector(context._method())(context)
+    found.check_budget(context.budget)
+    return found
+
+
+def calibration_rows(folder: Path, count: int, seed: int) -> NDArray[np.int64]:
+    """`count` different rows of a corpus' training split, (rows, context), the same for a seed.
+
+    Raises `SelectionError` when the corpus is missing or has fewer rows.
+    """
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        context = int(manifest["context"])
+        dtype = np.dtype(str(manifest["dtype"])).newbyteorder("<")
+        tokens = np.memmap(folder / "train.bin", dtype=dtype, mode="r")
+    except (OSError, KeyError, ValueError) as error:
+        raise SelectionError(f"{folder}: not a corpus folder ({error})") from error
+    rows = tokens.reshape(-1, context)
+    if count > len(rows):
+        raise SelectionError(f"{folder}: {count} calibration rows asked, but it has {len(rows)}")
+    chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=count, replace=False))
+    return np.asarray(rows[chosen], dtype=np.int64)
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The decoder layers of a Hugging Face causal model.
+
+    Raises `SelectionError` when they have no `self_attn.o_proj`.
+    """
+    layers = list(model.get_decoder().layers)
+    for index, layer in enumerate(layers):
+        if not hasattr(getattr(layer, "self_attn", None), "o_proj"):
+            raise SelectionError(
+                f"layer {index} of {type(model).__name__} has no self_attn.o_proj: only models "
+                "with q/k/v/o projections can be searched"
+            )
+    return layers

@@ -1,0 +1,238 @@
+"""The settings that a study is made of: one pydantic model per thing that can be configured.
+
+Every key has a description and a default here and nowhere else; the JSON schema and the key table
+in `config/README.md` are generated from these models (`rad schema`). No torch, no transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Initialisation = Literal["qkvo", "zero", "gate_zero", "random", "aligned"]
+Trainable = Literal["all", "mixers"]
+
+
+class Settings(BaseModel):
+    """Base class: unknown keys are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    source: str = Field(
+        description="`nano:base|medium|large`, a local checkpoint folder, or a hub id"
+    )
+    revision: str | None = Field(None, description="hub revision (commit) to pin")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+
+
+# --- corpora --------------------------------------------------------------------------------
+
+
+class CorpusSettings(Settings):
+    source: Literal["nano", "text", "hub"] = Field(
+        description="`nano` generators, plain `text` files, or a `hub` dataset (id or local folder)"
+    )
+    files: list[str] = Field(default_factory=list, description="text files of source `text`")
+    dataset: str | None = Field(None, description="dataset id or folder of source `hub`")
+    split: str = Field("train", description="split of source `hub`")
+    column: str = Field("text", description="text column of source `hub`")
+    tokens: int = Field(gt=0, description="training tokens to prepare")
+    held_out_tokens: int = Field(32768, gt=0, description="held-out tokens, never trained on")
+    context: int = Field(gt=8, description="row length in tokens")
+    prompt_weight: float = Field(
+        1.0, ge=0, le=1, description="loss weight of prompt tokens (answers and text weigh 1)"
+    )
+    seed: int = 0
+
+
+# --- mixers ---------------------------------------------------------------------------------
+
+
+class Mamba2Settings(Settings):
+    type: Literal["mamba2"] = "mamba2"
+    conv_size: int = Field(4, ge=1, description="width of the causal depthwise convolution")
+    conv_init: Literal["default", "identity"] = Field(
+        "default", description="`default`: random taps as in mamba-ssm; `identity`: pass through"
+    )
+    chunk: int = Field(64, ge=1, description="chunk length of the training form, in tokens")
+    a_range: tuple[float, float] = Field((1.0, 16.0), description="range of -A at random start")
+    dt_range: tuple[float, float] = Field((1e-3, 1e-1), description="range of the time step")
+    standardise: bool = Field(
+        True,
+        description="in a layer that keeps some heads: give the kept heads' output the mixer "
+        "heads' mean and deviation per token (retrieval-aware, A.2)",
+    )
+
+
+class SlidingWindowSettings(Settings):
+    type: Literal["sliding_window"] = "sliding_window"
+    window: int = Field(32, ge=1, description="latest tokens that stay visible")
+    sinks: int = Field(4, ge=0, description="first tokens that stay visible for ever")
+
+
+class SkipSettings(Settings):
+    type: Literal["skip"] = "skip"
+
+
+MixerSettings = Annotated[
+    Mamba2Settings | SlidingWindowSettings | SkipSettings, Field(discriminator="type")
+]
+
+
+# --- distillation ---------------------------------------------------------------------------
+
+
+class StageSettings(Settings):
+    loss: Literal["kl", "align"] = Field(
+        "kl", description="`kl`: forward KL to the teacher's logits; `align`: layer outputs"
+    )
+    trainable: Trainable = Field("all", description="`all` parameters or only the new `mixers`")
+    tokens: int = Field(gt=0, description="tokens of this stage")
+    batch_size: int = Field(16, gt=0, description="rows per step")
+    learning_rate: float = Field(1e-3, gt=0)
+    mixer_learning_rate: float | None = Field(None, description="of new mixers; default: the same")
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup_fraction: float = Field(0.05, ge=0, lt=1, description="linear warm-up, share of steps")
+    final_fraction: float = Field(0.05, ge=0, le=1, description="last rate as a share of the peak")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0, description="gradient norm limit")
+    temperature: float = Field(1.0, gt=0, description="softening of both distributions in `kl`")
+    kl_weight: float = Field(1.0, ge=0)
+    ce_weight: float = Field(0.0, ge=0, description="weight of next-token cross entropy")
+
+
+class RecipeSettings(Settings):
+    stages: list[StageSettings] = Field(
+        default_factory=list, description="run in order; an empty list is no training"
+    )
+    log_points: int = Field(
+        24, ge=1, description="held-out evaluations along the run (points of the curve)"
+    )
+    save_every_seconds: float = Field(
+        60.0, gt=0, description="wall time between checkpoints of the resumable state"
+    )
+
+
+# --- selection ------------------------------------------------------------------------------
+
+
+class UniformSettings(Settings):
+    method: Literal["uniform"] = "uniform"
+    offset: int | None = Field(
+        None, description="first kept layer; default: centred, so the gaps at both ends are equal"
+    )
+
+
+class RadSettings(Settings):
+    method: Literal["rad"] = "rad"
+    objective: Literal["acceptance", "speed_up", "matchness"] = Field(
+        "acceptance",
+        description="`acceptance`: accepted share of drafted tokens while decoding; `speed_up`: "
+        "modelled tokens per second of decoding; `matchness`: teacher-forced argmax agreement",
+    )
+    evaluations: int = Field(80, ge=1, description="skip sets tried by the search")
+    initial: int = Field(8, ge=1, description="random skip sets before the surrogate is used")
+    prompts: int = Field(16, ge=1, description="calibration prompts")
+    prompt_tokens: int = Field(48, ge=1, description="length of a calibration prompt")
+    new_tokens: int = Field(32, ge=2, description="tokens decoded per prompt")
+    max_draft: int = Field(8, ge=1, description="longest draft before verification")
+    exit_threshold: float = Field(
+        0.6, ge=0, le=1, description="stop drafting when the top-1 probability falls below"
+    )
+    adaptive_exit: bool = Field(
+        True, description="move the threshold towards 90 % acceptance while decoding"
+    )
+    seed: int = 0
+
+
+class KLGuidedSettings(Settings):
+    method: Literal["kl_guided"] = "kl_guided"
+    variant: Literal["ga_s2"] = Field("ga_s2", description="restore one layer, KL after training")
+    mixer: str = Field("mamba2", description="mixer of the all-linear student (a key of `mixers`)")
+    tokens: int = Field(gt=0, description="training tokens per candidate layer")
+    batch_size: int = Field(16, gt=0, description="rows per step")
+    learning_rate: float = Field(1e-3, gt=0)
+    held_out_rows: int = Field(64, gt=0, description="fixed held-out slice that scores a candidate")
+
+
+class RetrievalAwareSettings(Settings):
+    method: Literal["retrieval_aware"] = "retrieval_aware"
+    probe: Literal["nano", "dictionary", "copy", "repeat"] = Field(
+        "dictionary",
+        description="`dictionary`: the paper's key:value text; `nano`: the nano multi-key format; "
+        "`copy`: repeated blocks of random tokens, for bases that never saw dictionaries; "
+        "`repeat`: repeated pieces of the corpus, for bases that copy text only",
+    )
+    samples: int = Field(128, ge=1, description="probe prompts per head")
+    pairs: int = Field(10, ge=2, le=100, description="key/value pairs of a `dictionary`")
+    tokens: int = Field(96, ge=16, description="length of a `nano`, `copy` or `repeat` probe")
+    batch_size: int = Field(64, ge=1)
+    seed: int = 0
+
+
+class ExternalSettings(Settings):
+    """A selector whose rule file the study's owner dropped into `workflow/rules/selection/`."""
+
+    method: str
+    settings: dict[str, Any] = Field(default_factory=dict, description="handed to the rule as JSON")
+
+
+SELECTOR_SETTINGS: dict[str, type[Settings]] = {
+    "uniform": UniformSettings,
+    "rad": RadSettings,
+    "kl_guided": KLGuidedSettings,
+    "retrieval_aware": RetrievalAwareSettings,
+}
+
+
+class AlignmentSettings(Settings):
+    """Stage 1: every layer's mixer learns its attention layer's output, teacher-forced."""
+
+    corpus: str = Field("distil", description="a key of `corpora`")
+    tokens: int = Field(gt=0)
+    batch_size: int = Field(16, gt=0, description="rows per step")
+    learning_rate: float = Field(1e-3, gt=0)
+    initialisation: Initialisation = Field("qkvo", description="start of the mixers")
+    seed: int = 0
+
+
+# --- evaluation -----------------------------------------------------------------------------
+
+
+class TaskSettings(Settings):
+    kind: Literal[
+        "gsm_nano", "crux_nano", "ruler_nano", "gsm8k", "crux", "ruler_text", "perplexity"
+    ]
+    samples: int = Field(100, ge=1, description="documents (per length and sub-task)")
+    split: Literal["test", "hard"] = Field("test", description="split of a nano family")
+    subtasks: list[str] = Field(
+        default_factory=list, description="of ruler: single, multikey, vt, cwe; default: all"
+    )
+    lengths: list[int] = Field(default_factory=list, description="of ruler: contexts in tokens")
+    files: list[str] = Field(
+        default_factory=list, description="data files: texts, GSM8K test, CRUXEval"
+    )
+    shot_files: list[str] = Field(default_factory=list, description="of gsm8k: few-shot source")
+    shots: int = Field(0, ge=0, description="of gsm8k: worked examples in the prompt")
+    max_new_tokens: int = Field(64, ge=1, description="longest generated answer")
+    seed: int = 1234
+
+
+class EfficiencySettings(Settings):
+    contexts: list[int] = Field(default_factory=lambda: [64, 128, 256, 512])
+    decode_tokens: int = Field(16, ge=1, description="tokens decoded when the speed is measured")
+    batch_size: int = Field(1, ge=1)
+
+
+class EvaluationSettings(Settings):
+    tasks: dict[str, TaskSettings] = Field(description="task name -> task")
+    batch_size: int = Field(32, ge=1, description="prompts per batch (fixed: it can change scores)")
+    max_length: int | None = Field(None, description="longest prompt + answer; default: the model's")
+    efficiency: EfficiencySettings = Field(default_factory=EfficiencySettings)
+    probe_samples: int = Field(
+        48, ge=0, description="per task: documents scored along the distillation curve"
+    )

@@ -1,0 +1,164 @@
+"""What the rules ask about the study: input files, parameters and wildcard patterns.
+
+Every method that takes `wildcards` is an input or params function of a rule. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rad.settings import EvaluationSettings
+from rad.study import Study
+
+NANO_PARENTS: dict[str, list[str]] = {"base": [], "medium": [], "large": []}
+
+
+class Helpers:
+    """The study seen from the workflow."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self.scored = [*study.run_table, *(f"model-{name}" for name in study.references)]
+
+    @staticmethod
+    def either(names: Iterable[str]) -> str:
+        """A pattern that matches exactly the given names; nothing when there are none."""
+        return "|".join(re.escape(name) for name in names) or "(?!)"
+
+    def selectors_of(self, method: str) -> str:
+        """Pattern of the selectors of this study that use `method`."""
+        settings = self.study.selector_settings
+        return self.either(n for n, s in settings.items() if s.method == method)  # type: ignore[attr-defined]
+
+    # --- parameters, as JSON ---
+
+    def model(self, wildcards: Any) -> str:
+        return _json(self.study.models[wildcards.model].model_dump(mode="json"))
+
+    def corpus(self, wildcards: Any) -> str:
+        return _json(self.study.corpora[wildcards.corpus].model_dump(mode="json"))
+
+    def tasks(self, wildcards: Any) -> str:
+        return _json(self.study.evaluation.model_dump(mode="json"))
+
+    def mixer(self, wildcards: Any) -> str:
+        return _json(self.study.mixers[wildcards.mixer].model_dump(mode="json"))
+
+    def alignment(self, wildcards: Any) -> str:
+        assert self.study.alignment is not None
+        return _json(self.study.alignment.model_dump(mode="json"))
+
+    def selector(self, wildcards: Any) -> str:
+        return _json(self.study.selector_settings[wildcards.selector].model_dump(mode="json"))
+
+    def selector_mixer(self, wildcards: Any) -> str:
+        name = self.study.selector_settings[wildcards.selector].mixer  # type: ignore[attr-defined]
+        return _json(self.study.mixers[name].model_dump(mode="json"))
+
+    def spec(self, wildcards: Any) -> str:
+        return _json(self.study.spec(wildcards.run))
+
+    def reference_spec(self, wildcards: Any) -> str:
+        settings = self.study.models[wildcards.model].model_dump(mode="json")
+        return _json(
+            {
+                "schema": 1,
+                "run": f"model-{wildcards.model}",
+                "reference": wildcards.model,
+                "model": settings,
+            }
+        )
+
+    def state(self, wildcards: Any) -> str:
+        """Folder for the states of running jobs; undeclared, so that failed jobs keep theirs."""
+        return f"state/{self.study.folder}"
+
+    def report_files(self, kind: str, *endings: str) -> list[str]:
+        """Tables or figures of the report with one of the file name endings."""
+        from rad.reporting import outputs
+
+        return [f"<results>/{file}" for file in outputs(self.study)[kind] if file.endswith(endings)]
+
+    def whole_study(self, wildcards: Any) -> str:
+        return _json(self.study.model_dump(mode="json"))
+
+    def aligned_option(self, wildcards: Any) -> str:
+        folder = self._alignment_folder(wildcards.run)
+        return f"--aligned {folder}" if folder else ""
+
+    # --- input files ---
+
+    def tokenizer_model(self, wildcards: Any) -> str:
+        """All models of a study share one vocabulary; the first one's tokenizer is used."""
+        first = self.study.grid[0].base if self.study.grid else next(iter(self.study.models))
+        return f"<results>/models/{first}/source.json"
+
+    def corpus_files(self, wildcards: Any) -> list[str]:
+        return list(self.study.corpora[wildcards.corpus].files)
+
+    def task_files(self, wildcards: Any) -> list[str]:
+        tasks = self.study.evaluation.tasks.values()
+        return sorted({file for task in tasks for file in [*task.files, *task.shot_files]})
+
+    def alignment_corpus(self, wildcards: Any) -> str:
+        assert self.study.alignment is not None
+        return f"<results>/corpus/{self.study.alignment.corpus}/manifest.json"
+
+    def calibration_corpus(self, wildcards: Any) -> str:
+        return f"<results>/corpus/{self.study.calibration}/manifest.json"
+
+    def training_corpus(self, wildcards: Any) -> str:
+        return f"<results>/corpus/{self.study.corpus}/manifest.json"
+
+    def selector_alignment(self, wildcards: Any) -> str:
+        mixer = self.study.selector_settings[wildcards.selector].mixer  # type: ignore[attr-defined]
+        return f"<results>/alignment/{wildcards.base}/{mixer}/mixers.safetensors"
+
+    def placement(self, wildcards: Any) -> str:
+        run = self.study.run_table[wildcards.run]
+        return (
+            f"<results>/selection/{run.base}/{run.selector}/{run.budget.slug}/placement.json"
+        )
+
+    def run_models(self, wildcards: Any) -> list[str]:
+        run = self.study.run_table[wildcards.run]
+        names = [run.base] if run.teacher == "self" else [run.base, run.teacher]
+        return [f"<results>/models/{name}/source.json" for name in names]
+
+    def run_alignment(self, wildcards: Any) -> list[str]:
+        folder = self._alignment_folder(wildcards.run)
+        return [f"{folder}/mixers.safetensors"] if folder else []
+
+    def scored_model(self, wildcards: Any) -> str:
+        if wildcards.scored.startswith("model-"):
+            name = wildcards.scored.removeprefix("model-")
+            return f"<results>/models/{name}/source.json"
+        return f"<results>/runs/{wildcards.scored}/model/model.safetensors"
+
+    def nano_parents(self, wildcards: Any) -> list[str]:
+        return [f"results/nano_models/{p}/model.safetensors" for p in NANO_PARENTS[wildcards.size]]
+
+    def everything_scored(self, wildcards: Any) -> list[str]:
+        """What the report reads, besides the study itself."""
+        files = []
+        for name in self.scored:
+            folder = f"<results>/runs/{name}"
+            files += [f"{folder}/{part}" for part in ("evaluation.json", "samples.jsonl")]
+            files.append(f"{folder}/efficiency.json")
+        for name in self.study.run_table:
+            folder = f"<results>/runs/{name}"
+            files += [f"{folder}/{part}" for part in ("curve.jsonl", "training.json")]
+        return files
+
+    def _alignment_folder(self, name: str) -> str | None:
+        run = self.study.run_table[name]
+        if run.initialisation != "aligned":
+            return None
+        return f"results/{self.study.folder}/alignment/{run.base}/{run.mixer}"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

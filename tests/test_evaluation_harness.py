@@ -1,0 +1,403 @@
+"""Scoring a model: oracle answers, padding, determinism, the files written, and the probes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_evaluation_build import NANO, book
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rad.evaluation import bridge
+from rad.evaluation.build import build_tasks
+from rad.evaluation.efficiency import cache_bytes, measure
+from rad.evaluation.harness import evaluate
+from rad.evaluation.probe import ProbeItem, build_probe, probe_accuracy, probe_of
+from rad.settings import EvaluationSettings, Mamba2Settings, SlidingWindowSettings
+
+SHARED = Path(os.environ.get("RAD_SHARED", Path(__file__).parents[2] / "shared"))
+STORIES = SHARED / "models" / "stories260K-hf"
+TEXT = "Ann has 12 hats. Ann gets 3. How many hats has Ann?\n"
+PROMPTS = [TEXT[:cut] for cut in (52, 9, 30, 17, 44)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(str(NANO))
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: Any) -> LlamaForCausalLM:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.4,  # spread logits: no near ties
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def hybrid(model: LlamaForCausalLM, mixer: dict[str, Any]) -> Any:
+    """A hybrid with a mixed layer and a layer without attention."""
+    from rad.models.convert import convert
+    from rad.placement import Placement
+
+    placement = Placement(
+        base="b", layers=2, heads=4, kv_heads=2, softmax=[(0, 1), (0, 2)], selector="x", schema=1
+    )
+    return convert(model, placement, mixer, "qkvo").eval()
+
+
+MIXERS: list[dict[str, Any]] = [
+    Mamba2Settings(chunk=16).model_dump(),
+    SlidingWindowSettings(window=8, sinks=2).model_dump(),
+]
+
+
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder with every kind of task."""
+    root = tmp_path_factory.mktemp("evaluation")
+    book(root / "book.txt")
+    rows = [{"question": f"What is {n} + 1?", "answer": f"So.\n#### {n + 1}"} for n in range(9)]
+    (root / "gsm.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = "def f(x):\n    return x"
+    code = [{"code": source, "input": str(n), "output": str(n)} for n in range(9)]
+    (root / "crux.jsonl").write_text("".join(json.dumps(row) + "\n" for row in code))
+    settings = EvaluationSettings.model_validate(
+        {
+            "max_length": 640,
+            "probe_samples": 6,
+            "tasks": {
+                "gsm_nano": {"kind": "gsm_nano", "samples": 5, "max_new_tokens": 6},
+                "crux_nano": {"kind": "crux_nano", "samples": 5, "max_new_tokens": 6},
+                "find": {
+                    "kind": "ruler_nano",
+                    "samples": 2,
+                    "subtasks": ["single", "vt"],
+                    "lengths": [64],
+                    "max_new_tokens": 4,
+                },
+                "gsm8k": {
+                    "kind": "gsm8k",
+                    "samples": 3,
+                    "files": ["gsm.jsonl"],
+                    "shot_files": ["gsm.jsonl"],
+                    "shots": 1,
+                    "max_new_tokens": 5,
+                },
+                "crux": {
+                    "kind": "crux",
+                    "samples": 3,
+                    "files": ["crux.jsonl"],
+                    "max_new_tokens": 5,
+                },
+                "books": {
+                    "kind": "ruler_text",
+                    "samples": 2,
+                    "files": ["book.txt"],
+                    "subtasks": ["multikey"],
+                    "lengths": [600],
+                    "max_new_tokens": 5,
+                },
+                "text": {
+                    "kind": "perplexity",
+                    "samples": 3,
+                    "files": ["book.txt"],
+                    "lengths": [96],
+                },
+            },
+        }
+    )
+    build_tasks(settings, str(NANO), root / "tasks", root)
+    return root / "tasks"
+
+
+def run(model: Any, tokenizer: Any, tasks: Path, output: Path, **options: Any) -> dict[str, Any]:
+    values = {"run": "r", "batch_size": 4, "max_length": None, "progress": False, **options}
+    return evaluate(model, tokenizer, tasks, output=output, **values)
+
+
+def samples(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+
+
+def request(*arguments: Any) -> Any:
+    return SimpleNamespace(args=arguments, task_name="t", doc_id=0)
+
+
+def generate(model: Any, tokenizer: Any, size: int, stops: tuple[str, ...] = ()) -> list[str]:
+    options = {"until": list(stops), "max_gen_toks": 24}
+    lm = bridge.Bridge(model, tokenizer, size, progress=False)
+    return lm.generate_until([request(prompt, options) for prompt in PROMPTS])
+
+
+# --- lm-eval's results ----------------------------------------------------------------------
+
+
+def test_gold_answers_score_one_and_wrong_ones_zero(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, say in ((1.0, lambda doc: doc["target"]), (0.0, lambda doc: " nothing")):
+        monkeypatch.setattr(
+            bridge.Bridge,
+            "generate_until",
+            lambda self, requests, say=say: [say(item.doc) for item in requests],
+        )
+        result = run(model, tokenizer, tasks, tmp_path)
+        described = result["rad"]["tasks"]
+        assert len(described) == 8
+        for name, task in described.items():
+            if task["family"] != "perplexity":
+                assert result["results"][name][f"{task['metric']},none"] == value, name
+
+
+def test_the_files_follow_the_contract(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path
+) -> None:
+    result = run(model, tokenizer, tasks, tmp_path)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert {"results", "configs", "versions", "n-samples", "higher_is_better"} <= set(result)
+    about = result["rad"]
+    assert about["run"] == "r" and about["batch_size"] == 4 and about["max_length"] == 640
+    assert about["dtype"] == "float32" and about["seconds"] > 0
+    assert about["tasks"]["find_vt_64"] == {
+        "metric": "exact_match",
+        "higher_is_better": True,
+        "family": "ruler",
+        "task": "find",
+        "subtask": "vt",
+        "length": 64,
+    }
+    assert str(tasks) not in json.dumps(result), "results name no folder of this machine"
+
+    records = samples(tmp_path)
+    keys = {"task", "family", "doc_id", "metric", "score", "prompt", "target", "response"}
+    for record in records:
+        assert keys | {"subtask", "length"} <= set(record)
+    for name in about["tasks"]:
+        mine = [record for record in records if record["task"] == name]
+        assert [record["doc_id"] for record in mine] == list(range(len(mine)))
+        documents = [json.loads(line) for line in (tasks / f"data/{name}.jsonl").open()]
+        if about["tasks"][name]["family"] != "perplexity":  # what lm-eval asked is what was built
+            assert [record["prompt"] for record in mine] == [doc["prompt"] for doc in documents]
+        metric = f"{about['tasks'][name]['metric']},none"
+        mean = sum(record["score"] for record in mine) / len(mine)
+        assert result["results"][name][metric] == pytest.approx(mean)
+
+
+def test_same_again_and_for_any_folder(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    moved = shutil.copytree(tasks, tmp_path / "moved")
+    run(model, tokenizer, tasks, tmp_path / "a")
+    run(model, tokenizer, moved, tmp_path / "b", batch_size=3)
+    first, second = samples(tmp_path / "a"), samples(tmp_path / "b")
+    for one, two in zip(first, second, strict=True):
+        assert one["response"] == two["response"]
+        assert one["score"] == pytest.approx(two["score"])
+
+
+def test_perplexity_is_that_of_the_model(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path
+) -> None:
+    result = run(model, tokenizer, tasks, tmp_path)
+    total = count = 0.0
+    for record in (item for item in samples(tmp_path) if item["task"] == "text"):
+        tokens = torch.tensor([tokenizer.encode(record["target"])])
+        assert tokens[0, 0] == tokenizer.bos_token_id
+        with torch.no_grad():
+            loss = model(tokens, labels=tokens).loss.item()
+        assert record["score"] == pytest.approx(loss, rel=1e-4)
+        assert record["tokens"] == tokens.shape[1] - 1
+        total += loss * record["tokens"]
+        count += record["tokens"]
+    found = result["results"]["text"]
+    assert found["perplexity,none"] == pytest.approx(math.exp(total / count), rel=1e-3)
+    assert found["byte_perplexity,none"] < found["perplexity,none"] < found["word_perplexity,none"]
+
+
+def test_without_network_or_home(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import socket
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the evaluation opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    run(model, tokenizer, tasks, tmp_path)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"needs \d+ tokens.*limit is 40.*max_length"):
+        run(model, tokenizer, tasks, tmp_path, max_length=40)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES} (set RAD_SHARED)")
+def test_a_trained_model_knows_its_own_stories(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(str(STORIES))
+    trained = LlamaForCausalLM.from_pretrained(str(STORIES))
+    (tmp_path / "story.txt").write_text(
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the "
+        "park. One day, she saw a big, red ball. She wanted to play with it, but it was too high."
+    )
+    task = {"kind": "perplexity", "files": ["story.txt"]}
+    settings = EvaluationSettings.model_validate({"tasks": {"story": task}})
+    build_tasks(settings, str(STORIES), tmp_path / "tasks", tmp_path)
+    found = run(trained, tokenizer, tmp_path / "tasks", tmp_path / "out")["results"]["story"]
+    assert 1 < found["perplexity,none"] < 4
+
+
+# --- generation -----------------------------------------------------------------------------
+
+
+def test_padding_changes_nothing(model: Any, tokenizer: Any) -> None:
+    single = generate(model, tokenizer, 1)
+    assert len(set(single)) > 1 and all(single)
+    assert generate(model, tokenizer, 5) == single
+    assert generate(model, tokenizer, 3) == single
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["type"])
+def test_padding_changes_nothing_in_a_hybrid(
+    model: Any, tokenizer: Any, mixer: dict[str, Any]
+) -> None:
+    student = hybrid(model, mixer)
+    single = generate(student, tokenizer, 1)
+    assert len(set(single)) > 1 and single != generate(model, tokenizer, 1)
+    assert generate(student, tokenizer, 5) == single
+
+
+def test_answers_end_before_stop_strings(model: Any, tokenizer: Any) -> None:
+    full = generate(model, tokenizer, 5)
+    stop = full[0][4:7]
+    assert stop
+    expected = [text.split(stop)[0] for text in full]
+    assert generate(model, tokenizer, 5, (stop,)) == expected
+    assert generate(model, tokenizer, 1, (stop,)) == expected
+
+
+def test_answers_end_at_end_of_text(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = bridge.Bridge(model, tokenizer, 2, progress=False)
+    assert lm.stop_ids == [tokenizer.eos_token_id]
+    tokens = tokenizer.encode("one", add_special_tokens=False)
+    more = tokenizer.encode(" two", add_special_tokens=False)
+    assert lm._text([*tokens, tokenizer.eos_token_id, *more], ()) == "one"
+
+
+def test_exactly_one_start_of_text(tokenizer: Any) -> None:
+    start = tokenizer.bos_token_id
+    for text in ("Ann has", "<s>Ann has"):
+        tokens = bridge.encode(tokenizer, text)
+        assert tokens[0] == start and tokens.count(start) == 1
+    before, after = bridge.encode_pair(tokenizer, "assert f(1) == ", "[1, 2]")
+    assert before.count(start) == 1 and start not in after
+    assert tokenizer.decode(before[1:] + after) == "assert f(1) == [1, 2]"
+
+
+def test_agrees_with_lm_evals_own_bridge(model: Any, tokenizer: Any) -> None:
+    pytest.importorskip("accelerate", reason="lm-eval's HFLM needs accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    other = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5)
+    options = {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}
+    asked = [request(prompt, dict(options)) for prompt in PROMPTS]
+    assert other.generate_until(asked) == generate(model, tokenizer, 5, ("\n",))
+
+
+def test_loglikelihood_knows_the_greedy_answer(model: Any, tokenizer: Any) -> None:
+    lm = bridge.Bridge(model, tokenizer, 3, progress=False)
+    before = bridge.encode(tokenizer, TEXT)
+    after = tokenizer.encode(" hats", add_special_tokens=False)
+    with torch.no_grad():
+        logits = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
+    want = sum(float(logits[len(before) - 1 + i, token]) for i, token in enumerate(after))
+    value, greedy = lm.loglikelihood([request(TEXT, " hats"), request("Ann", " has")])[0]
+    assert value == pytest.approx(want, rel=1e-4) and not greedy
+
+
+# --- probes ---------------------------------------------------------------------------------
+
+
+def test_the_probe_is_greedy_exact_match(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # targets are token numbers, because a random model's tokens are not text
+    monkeypatch.setattr(
+        bridge, "encode_pair", lambda tokenizer, p, t: (bridge.encode(tokenizer, p), json.loads(t))
+    )
+    items = []
+    for prompt in PROMPTS:
+        tokens = torch.tensor([bridge.encode(tokenizer, prompt)])
+        output = model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        answer = output[0, tokens.shape[1] :].tolist()
+        items.append(ProbeItem("right", prompt, json.dumps(answer), False))
+        answer[-1] = (answer[-1] + 1) % 512
+        items.append(ProbeItem("wrong", prompt, json.dumps(answer), False))
+    found = probe_accuracy(model, tokenizer, items, batch_size=3)
+    assert found == {"right": 1.0, "wrong": 0.0}
+
+
+def test_probe_of_built_tasks(model: Any, tokenizer: Any, tasks: Path) -> None:
+    items = build_probe(tasks, 4)
+    counts = {task: sum(item.task == task for item in items) for task in {i.task for i in items}}
+    assert counts == {"gsm_nano": 4, "crux_nano": 4, "find": 4, "gsm8k": 4, "crux": 4, "books": 4}
+    model.train()
+    found = probe_of(tasks, 4)(tokenizer)(model)
+    assert model.training
+    model.eval()
+    assert found == probe_accuracy(model, tokenizer, items)
+    assert set(found) == set(counts) and all(0 <= value <= 1 for value in found.values())
+    assert build_probe(tasks, 0) == []
+    with pytest.raises(ValueError, match=r"probe\.jsonl"):
+        build_probe(tasks / "nowhere", 4)
+
+
+def test_efficiency_measures_the_cache(model: Any) -> None:
+    found = measure(model, run="r", contexts=[32, 16], decode_tokens=2, batch_size=2)
+    # layers x (keys and values) x kv heads x head dim x float32
+    per_token = 2 * 2 * 2 * 8 * 4
+    assert found["kv_bytes_per_token"] == per_token and found["state_bytes"] == 0
+    assert [point["context"] for point in found["points"]] == [16, 32]
+    assert [point["cache_bytes"] for point in found["points"]] == [16 * per_token, 32 * per_token]
+    assert all(point["decode_tokens_per_second"] > 0 for point in found["points"])
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    assert found["parameters"] == weights
+    # 2 per weight, and 4 x heads x head dim x context in both layers
+    assert found["flops_per_token"] == 2 * (weights - embedding) + 2 * 4 * 4 * 8 * 32
+    single = measure(model, run="r", contexts=[32], decode_tokens=1, batch_size=1)
+    assert single["kv_bytes_per_token"] == per_token
+
+
+def test_efficiency_of_a_hybrid_has_a_state(model: Any) -> None:
+    student = hybrid(model, MIXERS[0])
+    found = measure(student, run="r", contexts=[16, 32], decode_tokens=2, batch_size=1)
+    # two kept heads with keys and values of their own in one layer
+    assert found["kv_bytes_per_token"] == 2 * 2 * 8 * 4
+    assert found["state_bytes"] > 0
+    with torch.no_grad():
+        cache = student(torch.ones(1, 16, dtype=torch.long), use_cache=True).past_key_values
+    assert cache_bytes(cache) == found["points"][0]["cache_bytes"]

@@ -1,0 +1,43 @@
+import os
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from rad.preflight import check
+from rad.settings import SELECTOR_SETTINGS
+from rad.study import Study, StudyError
+from rad.workflow import Helpers
+
+# `rad` of the environment that runs snakemake, also when that environment is not activated
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+SELECTION_RULES = sorted(
+    str(path) for path in Path(workflow.basedir, "workflow", "rules", "selection").glob("*.smk")
+)
+
+try:
+    STUDY = Study.from_config(
+        config,
+        external_selectors={Path(path).stem for path in SELECTION_RULES} - set(SELECTOR_SETTINGS),
+    )
+    check(STUDY)
+except StudyError as error:
+    raise WorkflowError(str(error)) from None
+
+HELPERS = Helpers(STUDY)
+
+
+pathvars:
+    results=f"results/{STUDY.folder}",
+    logs=f"logs/{STUDY.folder}",
+
+
+wildcard_constraints:
+    model=HELPERS.either(STUDY.models),
+    base=HELPERS.either(STUDY.models),
+    corpus=HELPERS.either(STUDY.corpora),
+    mixer=HELPERS.either(STUDY.mixers),
+    budget=r"[lhf][0-9.]+",
+    run=HELPERS.either(STUDY.run_table),
+    scored=HELPERS.either(HELPERS.scored),

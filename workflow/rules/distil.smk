@@ -1,0 +1,30 @@
+rule distil:
+    input:
+        spec="<results>/runs/{run}/spec.json",
+        placement=HELPERS.placement,
+        corpus=HELPERS.training_corpus,
+        tasks="<results>/tasks/manifest.json",
+        models=HELPERS.run_models,
+        aligned=HELPERS.run_alignment,
+    output:
+        "<results>/runs/{run}/model/model.safetensors",
+        "<results>/runs/{run}/model/config.json",
+        "<results>/runs/{run}/curve.jsonl",
+        "<results>/runs/{run}/training.json",
+        "<results>/runs/{run}/placement.json",
+    params:
+        state=HELPERS.state,
+        corpus=subpath(input.corpus, parent=True),
+        tasks=subpath(input.tasks, parent=True),
+        aligned=HELPERS.aligned_option,
+        probe_samples=STUDY.evaluation.probe_samples,
+        folder=subpath(input.spec, parent=True),
+    log:
+        "<logs>/distil/{run}.log",
+    benchmark:
+        "<results>/benchmarks/distil/{run}.jsonl"
+    threads: 1
+    shell:
+        "rad --threads {threads} distil --spec {input.spec} --placement {input.placement} "
+        "--corpus {params.corpus} --tasks {params.tasks} --probe-samples {params.probe_samples} "
+        "{params.aligned} --state {params.state}/{wildcards.run} --output {params.folder} >> {log} 2>&1"

@@ -1,0 +1,39 @@
+rule study:
+    output:
+        "<results>/study.json",
+    params:
+        study=HELPERS.whole_study,
+    log:
+        "<logs>/study.log",
+    localrule: True
+    shell:
+        "printf '%s\\n' {params.study:q} > {output} 2> {log}"
+
+
+rule report:
+    input:
+        study="<results>/study.json",
+        scored=HELPERS.everything_scored,
+    output:
+        page="<results>/report.html",
+        tables=report(
+            HELPERS.report_files("tables", ".csv"),
+            caption="../report/tables.rst",
+            category="Tables",
+        ),
+        other_tables=HELPERS.report_files("tables", ".md", ".tex"),
+        figures=report(
+            HELPERS.report_files("figures", ".svg"),
+            caption="../report/figures.rst",
+            category="Figures",
+        ),
+        other_figures=HELPERS.report_files("figures", ".pdf"),
+    params:
+        root=subpath(input.study, parent=True),
+    log:
+        "<logs>/report.log",
+    benchmark:
+        "<results>/benchmarks/report/report.jsonl"
+    threads: 1
+    shell:
+        "rad report --study {input.study} --root {params.root} > {log} 2>&1"

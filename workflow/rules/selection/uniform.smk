@@ -1,0 +1,18 @@
+# Evenly spaced layers: the baseline.
+rule select_uniform:
+    input:
+        model="<results>/models/{base}/source.json",
+    output:
+        "<results>/selection/{base}/{selector}/{budget}/placement.json",
+    params:
+        selector=HELPERS.selector,
+    log:
+        "<logs>/select/{base}-{selector}-{budget}.log",
+    benchmark:
+        "<results>/benchmarks/select/{base}-{selector}-{budget}.jsonl"
+    wildcard_constraints:
+        selector=HELPERS.selectors_of("uniform"),
+    threads: 1
+    shell:
+        "rad select --selector {params.selector:q} --model {input.model} "
+        "--budget {wildcards.budget} --output {output} > {log} 2>&1"

@@ -115,7 +115,8 @@ def align(args: argparse.Namespace) -> None:
 def select(args: argparse.Namespace) -> None:
     """Choose the placement of a base under a budget."""
     from rad.placement import Budget
-    from rad.selection.base import SelectionContext, select as run
+    from rad.selection.base import SelectionContext
+    from rad.selection.base import select as run
     from rad.settings import SELECTOR_SETTINGS
 
     record = read_json(args.model)

@@ -1,4 +1,4 @@
-"""Placement: which (layer, query head) pairs stay softmax attention, and the budget that bounds them.
+"""Placement: which (layer, query head) pairs stay softmax attention, and the budget for them.
 
 A placement is the output of every selector and the input of every conversion; its JSON form
 (`placement.json`) is the extension point of the benchmark: whatever writes a valid one is a
@@ -34,7 +34,9 @@ class Budget(BaseModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Budget:
-        given = [name for name in ("layers", "heads", "fraction") if getattr(self, name) is not None]
+        given = [
+            name for name in ("layers", "heads", "fraction") if getattr(self, name) is not None
+        ]
         if len(given) != 1:
             raise ValueError(
                 f"a budget names exactly one of layers, heads, fraction; got {given or 'none'}"
@@ -59,7 +61,7 @@ class Budget(BaseModel):
             return cls(**{{"l": "layers", "h": "heads"}[slug[0]]: int(slug[1:])})
         except (KeyError, IndexError, ValueError) as error:
             raise BudgetError(
-                f"budget {slug!r}: expected l<layers>, h<heads> or f<fraction>, such as l2, h8, f0.25"
+                f"budget {slug!r}: expected l<layers>, h<heads> or f<fraction>, as l2, h8, f0.25"
             ) from error
 
     def layer_count(self, layers: int, heads: int) -> int:
@@ -67,8 +69,8 @@ class Budget(BaseModel):
         kept = self.head_count(layers, heads)
         if kept % heads:
             raise BudgetError(
-                f"budget {self.slug} is {kept} of {layers * heads} heads, which is not a whole "
-                f"number of layers of {heads} heads: a layer-wise selector needs a multiple of {heads}"
+                f"budget {self.slug} is {kept} of {layers * heads} heads, not a whole number of "
+                f"layers of {heads} heads; a layer-wise selector needs a multiple of {heads}"
             )
         return kept // heads
 

@@ -1,6 +1,6 @@
-"""Checks that need the models' configurations and the data files, but no weights: before any work.
+"""Checks before any work that need the models' configurations and data files, but no weights.
 
-Each fault is one line that names the key and what would be right. Imports no torch for local models.
+Each fault is one line that names the key and what would be right. Local models need no torch.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ INTRODUCTION = """\
 One YAML file is one study. `snakemake --cores all` runs `nano.yaml`; another study is
 `snakemake --cores all --configfile config/stories260k.yaml`. Several files are merged from left to
 right (keys are merged, lists are replaced), which is how overlays such as `smoke.yaml` work:
-`snakemake --cores all --configfile config/nano.yaml config/smoke.yaml`. Numbers given with `--config`
-arrive as text and are converted.
+`snakemake --cores all --configfile config/nano.yaml config/smoke.yaml`. Numbers given with
+`--config` arrive as text and are converted.
 
 `rad check FILE...` checks a study without running it and `rad plan FILE...` lists its runs. Editors
 validate against `workflow/schemas/study.schema.json`.

@@ -231,7 +231,9 @@ class EfficiencySettings(Settings):
 class EvaluationSettings(Settings):
     tasks: dict[str, TaskSettings] = Field(description="task name -> task")
     batch_size: int = Field(32, ge=1, description="prompts per batch (fixed: it can change scores)")
-    max_length: int | None = Field(None, description="longest prompt + answer; default: the model's")
+    max_length: int | None = Field(
+        None, description="longest prompt + answer; default: the model's"
+    )
     efficiency: EfficiencySettings = Field(default_factory=EfficiencySettings)
     probe_samples: int = Field(
         48, ge=0, description="per task: documents scored along the distillation curve"

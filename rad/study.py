@@ -58,7 +58,9 @@ class GridEntry(Settings):
     recipe: str = Field(description="a key of `recipes`")
     teacher: list[str] = Field(default_factory=lambda: ["self"], description="`self` or a model")
     seed: list[int] = Field(default_factory=lambda: [0])
-    label: str | None = Field(None, description="row title in tables; default: selector and teacher")
+    label: str | None = Field(
+        None, description="row title in tables; default: selector and teacher"
+    )
 
     _lists = field_validator("selector", "budget", "teacher", "seed", mode="before")(_listed)
 
@@ -121,9 +123,7 @@ class Study(Settings):
             need_corpus.append((self.alignment.corpus, "alignment.corpus"))
         for name, where in need_corpus:
             if name not in self.corpora:
-                raise ValueError(
-                    f"{where}: unknown corpus {name!r}; known: {_join(self.corpora)}"
-                )
+                raise ValueError(f"{where}: unknown corpus {name!r}; known: {_join(self.corpora)}")
         for name in self.references:
             need("models", name, "references")
         for name, selector in self.selector_settings.items():
@@ -184,8 +184,10 @@ class Study(Settings):
             cells = itertools.product(entry.selector, entry.budget, entry.teacher, entry.seed)
             for selector, budget, teacher, seed in cells:
                 identity = "-".join(
-                    [entry.base, selector, budget.slug, entry.mixer, entry.initialisation]
-                    + [entry.recipe, teacher, f"s{seed}"]
+                    [
+                        *(entry.base, selector, budget.slug, entry.mixer, entry.initialisation),
+                        *(entry.recipe, teacher, f"s{seed}"),
+                    ]
                 )
                 views = [entry.view]
                 if identity in runs:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from rad.settings import EvaluationSettings
 from rad.study import Study
 
 NANO_PARENTS: dict[str, list[str]] = {"base": [], "medium": [], "large": []}
@@ -119,9 +118,7 @@ class Helpers:
 
     def placement(self, wildcards: Any) -> str:
         run = self.study.run_table[wildcards.run]
-        return (
-            f"<results>/selection/{run.base}/{run.selector}/{run.budget.slug}/placement.json"
-        )
+        return f"<results>/selection/{run.base}/{run.selector}/{run.budget.slug}/placement.json"
 
     def run_models(self, wildcards: Any) -> list[str]:
         run = self.study.run_table[wildcards.run]

@@ -46,8 +46,9 @@ def test_a_window_as_long_as_the_text_is_full_attention() -> None:
     base = base_model()
     settings = {"type": "sliding_window", "window": 64, "sinks": 0}
     for kind in KINDS:
-        _close(convert(base, placement(kind), settings, "qkvo")(tokens()).logits,
-               base(tokens()).logits)
+        _close(
+            convert(base, placement(kind), settings, "qkvo")(tokens()).logits, base(tokens()).logits
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,9 +129,7 @@ def test_zero_start_reaches_the_gate_and_dead_starts_are_avoided() -> None:
     hybrid = convert(base, placement("none"), MIXERS["mamba2"], "zero")
     hybrid(tokens()).logits.square().sum().backward()
     mixer = hybrid.model.layers[1].self_attn.mixer
-    gate, rest = mixer.in_proj.weight.grad.split(
-        [mixer.sizes[0], sum(mixer.sizes[1:])], dim=0
-    )
+    gate, rest = mixer.in_proj.weight.grad.split([mixer.sizes[0], sum(mixer.sizes[1:])], dim=0)
     assert gate.abs().max() > 0
     assert rest.abs().max() == 0
 
@@ -150,7 +149,9 @@ def test_cached_bytes_per_token_match_the_placement() -> None:
         cache = HybridCache(hybrid.config)
         hybrid(tokens(rows=1), past_key_values=cache, use_cache=True)
         heads = sum(
-            layer.keys.shape[1] for layer in cache.layers if getattr(layer, "keys", None) is not None
+            layer.keys.shape[1]
+            for layer in cache.layers
+            if getattr(layer, "keys", None) is not None
         )
         assert heads == kept.cached_kv_heads()
 

@@ -86,8 +86,8 @@ def build(
         if filled < wanted[split]:
             raise CorpusError(
                 f"corpora.{name}: the source has {filled * settings.context} tokens for split "
-                f"{split}, {wanted[split] * settings.context} are asked for; lower corpora.{name}.tokens "
-                "or add files"
+                f"{split}, {wanted[split] * settings.context} are asked for; "
+                f"lower corpora.{name}.tokens or add files"
             )
         for suffix, array in (("", tokens), ("_weight", weights)):
             with replacing(output / f"{split}{suffix}.bin") as temporary:

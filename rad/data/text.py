@@ -45,7 +45,7 @@ def text_documents(files: list[Path]) -> list[str]:
 
 
 def hub_documents(dataset: str, split: str, column: str, seed: int) -> Iterator[str]:
-    """Documents of a dataset by hub id (streamed) or of a local folder of JSONL or parquet files."""
+    """Documents of a dataset: hub id (streamed) or a local folder of JSONL or parquet files."""
     from datasets import load_dataset
 
     folder = Path(dataset)

@@ -1,4 +1,4 @@
-"""Stage 1: the mixers of *all* layers learn their attention layer's output, once per base and mixer.
+"""Stage 1: the mixers of *all* layers learn their attention's output, once per base and mixer.
 
 Every run that starts `aligned`, and KL-guided selection, starts from this folder (the alignment
 stage of KL-guided selection, section 2.1; hidden-state alignment of MOHAWK).
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from rad.data.corpus import Corpus
-from rad.distillation import loop, losses, state as states
+from rad.distillation import loop, losses
+from rad.distillation import state as states
 from rad.distillation.batches import slice_of
 from rad.distillation.run import save_aligned, versions
 from rad.files import digest, write_json

@@ -35,11 +35,15 @@ class Batches:
         """Tokens (B,T) int64 and weights (B,T) float32 of a step, counted from 0."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs, places = np.divmod(positions, len(self.rows))
-        index = [self._order(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+        index = [
+            self._order(int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)
+        ]
         return slice_of(self.rows, self.weight, np.asarray(index))
 
 
-def slice_of(rows: np.ndarray, weight: np.ndarray, index: np.ndarray | slice) -> tuple[Tensor, Tensor]:
+def slice_of(
+    rows: np.ndarray, weight: np.ndarray, index: np.ndarray | slice
+) -> tuple[Tensor, Tensor]:
     """Chosen rows as tensors: tokens (B,T) int64 and weights (B,T) float32 in [0, 1]."""
     tokens = torch.from_numpy(rows[index].astype(np.int64))
     return tokens, torch.from_numpy(weight[index].astype(np.float32) / 255)

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from rad.data.corpus import Corpus
-from rad.distillation import losses, optimiser as optimisers, state as states
+from rad.distillation import losses
+from rad.distillation import optimiser as optimisers
+from rad.distillation import state as states
 from rad.distillation.batches import Batches
 from rad.models.hybrid import HybridAttention
 from rad.progress import Progress

@@ -1,6 +1,6 @@
 """Distillation losses. Legend: B batch, T time, V vocabulary, E hidden size. Units: nats per token.
 
-`weight` (B,T) is the weight of predicting the token at each position; position 0 is never predicted.
+`weight` (B,T) is the weight of predicting the token at each position; position 0 never is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Held-out figures along the curve: KL to the base and to the teacher, cross entropy, task probes."""
+"""Held-out figures along the curve: KL to base and teacher, cross entropy, task probes."""
 
 from __future__ import annotations
 

@@ -79,10 +79,14 @@ def rate(stage: StageSettings, step: int, steps: int) -> float:
         # warm-up, stable, then linear decay over the last tenth
         fall = max(0.0, (progress - 0.9) / 0.1)
         return 1.0 - (1.0 - stage.final_fraction) * fall
-    return stage.final_fraction + (1 - stage.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    return (
+        stage.final_fraction + (1 - stage.final_fraction) * (1 + math.cos(math.pi * progress)) / 2
+    )
 
 
-def set_rate(optimiser: torch.optim.Optimizer, stage: StageSettings, step: int, steps: int) -> float:
+def set_rate(
+    optimiser: torch.optim.Optimizer, stage: StageSettings, step: int, steps: int
+) -> float:
     """Apply the schedule to every group; returns the rate of the last (new mixers')."""
     share = rate(stage, step, steps)
     value = 0.0

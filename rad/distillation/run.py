@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rad.data.corpus import Corpus
-from rad.distillation import loop, state as states
+from rad.distillation import loop
+from rad.distillation import state as states
 from rad.distillation.measure import HeldOut, Probe
 from rad.files import replacing, write_json, write_text
 from rad.models import sources

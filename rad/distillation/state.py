@@ -46,7 +46,9 @@ def save(
     tensors["rng"] = torch.get_rng_state()
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in tensors.items()}, temporary / "tensors.safetensors"
+        )
         write_json(temporary / "meta.json", meta)
         final = folder / f"stage{meta['stage']:02d}-step{meta['step']:09d}"
         if final.exists():
@@ -72,7 +74,8 @@ def latest(folder: Path, digest: str) -> dict[str, Any] | None:
     if meta.get("digest") != digest:
         raise StateError(
             f"{folder}: the saved state belongs to another specification "
-            f"({str(meta.get('digest'))[:12]}, this job is {digest[:12]}); delete the folder to start anew"
+            f"({str(meta.get('digest'))[:12]}, this job is {digest[:12]}); "
+            "delete the folder to start anew"
         )
     return {**meta, "path": path}
 

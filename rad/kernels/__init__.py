@@ -1,4 +1,4 @@
-"""Pure maths of the mixers: plain recurrences (the reference, kept and tested) and chunked forms."""
+"""Pure maths of the mixers: plain recurrences (the reference, kept) and chunked forms."""
 
 from rad.kernels.conv import causal_conv, causal_conv_reference
 from rad.kernels.ssd import ssd_chunked, ssd_recurrent

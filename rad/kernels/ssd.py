@@ -17,7 +17,7 @@ from torch import Tensor
 def ssd_recurrent(
     x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, state: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The plain recurrence: x (B,T,H,P), log_a (B,T,H), b and c (B,T,H,N) -> y (B,T,H,P), S (B,H,P,N)."""
+    """The plain recurrence: x (B,T,H,P), log_a (B,T,H), b, c (B,T,H,N) -> y, S (B,H,P,N)."""
     batch, _, heads, channels = x.shape
     if state is None:
         state = x.new_zeros(batch, heads, channels, b.shape[-1])

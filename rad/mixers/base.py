@@ -78,7 +78,7 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def init_from_attention(self, attention: nn.Module, variant: str) -> None:
-        """Copy from an attention layer (q_proj, k_proj, v_proj); `variant` as in `initialisations`."""
+        """Copy from an attention layer (q_proj, k_proj, v_proj); `variant`: `initialisations`."""
         raise NotImplementedError
 
     def take_heads(self, full: Mixer) -> None:

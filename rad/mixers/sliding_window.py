@@ -53,7 +53,9 @@ class SlidingWindow(Mixer):
         v = project(self.v_proj)
         # a token's rank among the real tokens of its row; -1 marks padding
         count = u.new_zeros(batch, 1, dtype=torch.long) if state is None else state["count"]
-        real = torch.ones(batch, time, dtype=torch.bool, device=u.device) if valid is None else valid
+        real = (
+            torch.ones(batch, time, dtype=torch.bool, device=u.device) if valid is None else valid
+        )
         ranks = torch.where(real, count + real.long().cumsum(1) - 1, -1)  # (B,T)
         new_count = count + real.long().sum(1, keepdim=True)
         keys, values, key_ranks = k, v, ranks
@@ -85,8 +87,7 @@ class SlidingWindow(Mixer):
         """Keep what a later token can still see: the sinks and the last `window` real tokens."""
         size = int(self.settings["sinks"]) + int(self.settings["window"])
         useful = (ranks >= 0) & (
-            (ranks < int(self.settings["sinks"]))
-            | (ranks >= count - int(self.settings["window"]))
+            (ranks < int(self.settings["sinks"])) | (ranks >= count - int(self.settings["window"]))
         )
         # useful tokens first, in order; the rest of the slots are marked empty
         order = torch.argsort((~useful).long(), dim=1, stable=True)[:, :size]  # (B,S+W)

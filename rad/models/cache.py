@@ -40,7 +40,7 @@ class HybridCache(DynamicCache):
 
     @property
     def is_compileable(self) -> bool:
-        """False: `generate` would replace the 2-D padding mask, which the mixers need, by a 4-D one."""
+        """False: else `generate` replaces the 2-D padding mask, which mixers need, by a 4-D one."""
         return False
 
     def advance(self, tokens: int) -> None:

@@ -112,7 +112,12 @@ def draw(mixer: Mixer, seed: int, layer: int) -> None:
 
 
 def full_mixer(
-    config: Any, settings: Mapping[str, Any], attention: Any, initialisation: str, seed: int, layer: int
+    config: Any,
+    settings: Mapping[str, Any],
+    attention: Any,
+    initialisation: str,
+    seed: int,
+    layer: int,
 ) -> tuple[Mixer, nn.Linear]:
     """A mixer that owns every head of `layer`, with a copy of the output projection (stage 1)."""
     geometry = Geometry.of(config)

@@ -72,7 +72,11 @@ class SoftmaxHeads(nn.Module):
         dim, group = self.geometry.head_dim, self.geometry.group
         shared = [head // group for head in self.kept]
         for name, heads in (("q_proj", self.kept), ("k_proj", shared), ("v_proj", shared)):
-            source, target, rows = getattr(attention, name), getattr(self, name), head_rows(heads, dim)
+            source, target, rows = (
+                getattr(attention, name),
+                getattr(self, name),
+                head_rows(heads, dim),
+            )
             target.weight.copy_(source.weight[rows])
             if target.bias is not None:
                 target.bias.copy_(source.bias[rows])

@@ -29,7 +29,9 @@ def resolve(source: str) -> Path | str:
             raise ModelError(f"model {source!r}: nano has {', '.join(NANO_SIZES)}")
         folder = Path(str(files("rad") / "assets" / "nano" / size))
         if not (folder / "model.safetensors").exists():
-            raise ModelError(f"model {source!r}: {folder} has no model.safetensors; see docs/nano.md")
+            raise ModelError(
+                f"model {source!r}: {folder} has no model.safetensors; see docs/nano.md"
+            )
         return folder
     folder = Path(source).expanduser()
     if folder.is_dir():

@@ -67,6 +67,7 @@ def _mixture_batches(
             hard_share=phase.hard_share,
             crux_turns=phase.crux_turns,
             trace_share=phase.trace_share,
+            trace=phase.trace,
         )
         stream = mixture.rows(documents, tokenizer, phase.context)
         for index in range(_CHUNK):
@@ -287,7 +288,7 @@ def pretrain(
 
     run = _Run(recipe, seed, output / "state", parent, say, compiled)
     model = run.run()
-    save_checkpoint(model, output, run.tokenizer)
+    save_checkpoint(model, output)
     training = {
         "size": size,
         "seed": seed,
@@ -300,16 +301,22 @@ def pretrain(
     shutil.rmtree(output / "state", ignore_errors=True)
 
 
-def save_checkpoint(model: Any, output: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A Hugging Face folder with fp32 weights; bf16 would cost a little accuracy for 1-2 MB."""
+def save_checkpoint(model: Any, output: Path) -> None:
+    """A Hugging Face folder: weights stored in bf16 (half the bytes), opened as fp32."""
     from transformers import GenerationConfig
 
     output.mkdir(parents=True, exist_ok=True)
     model.generation_config = GenerationConfig(
         bos_token_id=1, eos_token_id=2, pad_token_id=0, do_sample=False
     )
-    model.eval().save_pretrained(str(output))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+    model.eval().to(torch.bfloat16).save_pretrained(str(output))
+    config_path = output / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    # `from_pretrained` follows this entry; bf16 arithmetic is slow on most processors.
+    config["dtype"] = "float32"
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (output / "model.safetensors").chmod(0o644)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
         source = asset_folder() / "base" / name
-        if source.exists() and source.resolve() != (output / name).resolve():
+        if source.resolve() != (output / name).resolve():
             shutil.copyfile(source, output / name)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Phase:
     hard_share: float = 0.3
     shares: tuple[tuple[str, float], ...] | None = None
     crux_turns: int = 1  # calls asked of each function
-    # Share of variable tracing within ruler_nano; if given, every variable is asked, not the ends.
-    trace_share: float | None = None
+    trace_share: float | None = None  # of variable tracing within ruler_nano
+    trace: str = "path"  # what a variable-tracing question asks for, see ruler_nano
     stop: int | None = None  # the phase ends here, its schedule being that of `steps`
     # induction only
     active_heads: tuple[int, ...] | None = None
@@ -56,23 +57,37 @@ class PretrainRecipe:
 
 
 _CODE_HEAVY = (("gsm_nano", 0.18), ("crux_nano", 0.52), ("ruler_nano", 0.23), ("text_nano", 0.07))
+
+
+def _code_heavy(trace: str, hard_share: float) -> dict[str, Any]:
+    """Settings of the later phases, where only code was still missing."""
+    return {
+        "hard_share": hard_share,
+        "shares": _CODE_HEAVY,
+        "crux_turns": 3,
+        "trace_share": 0.3 if trace == "path" else 0.5,
+        "trace": trace,
+    }
+
+
 _FOUR = (0, None, 1, None)
 _EIGHT = (0, None, 1, None, 2, None, 3, None)
 # A silent copy of the looking-up layer 4: following a variable needs two such layers.
 _TEN = (0, 1, 2, 3, 4, 5, 4, None, 6, 7)
-_TWELVE = (0, 1, None, 2, 3, None, 4, 5, None, 6, 7, None)
+_TWELVE = (0, 1, 2, None, 3, 4, 5, 6, 7, None, 8, 9)
 
+# The early phases asked for the end of a chain only (`end`, then `every` variable's value), which
+# never rose above a guess among the values; answering with the way there is what worked.
 RECIPES: dict[str, PretrainRecipe] = {
     "base": PretrainRecipe(
         width=96,
         mlp=192,
         phases=(
             Phase("induction", 700, 3e-3, rows=64, context=96, active_heads=(2, 1)),
-            Phase("mixture", 700, 3e-3, grow=_FOUR),
-            Phase("mixture", 5000, 2.5e-3, grow=_EIGHT, final=0.02, stop=1868),
-            Phase(
-                "mixture", 3600, 2e-3, final=0.02, shares=_CODE_HEAVY, crux_turns=3, trace_share=0.5
-            ),
+            Phase("mixture", 700, 3e-3, grow=_FOUR, trace="end"),
+            Phase("mixture", 5000, 2.5e-3, grow=_EIGHT, final=0.02, stop=1868, trace="end"),
+            Phase("mixture", 3600, 2e-3, final=0.02, stop=2867, **_code_heavy("every", 0.3)),
+            Phase("mixture", 1100, 1e-3, final=0.01, **_code_heavy("path", 0.3)),
         ),
     ),
     "medium": PretrainRecipe(
@@ -80,37 +95,37 @@ RECIPES: dict[str, PretrainRecipe] = {
         mlp=256,
         phases=(
             Phase("induction", 700, 3e-3, rows=64, context=96, active_heads=(2, 1)),
-            Phase("mixture", 700, 3e-3, grow=_FOUR),
-            Phase("mixture", 4500, 2e-3, grow=_EIGHT, final=0.02, hard_share=0.45, stop=1649),
+            Phase("mixture", 700, 3e-3, grow=_FOUR, trace="end"),
             Phase(
                 "mixture",
-                3200,
+                4500,
                 2e-3,
+                grow=_EIGHT,
                 final=0.02,
                 hard_share=0.45,
-                shares=_CODE_HEAVY,
-                crux_turns=3,
-                trace_share=0.5,
-                stop=1668,
+                stop=1649,
+                trace="end",
             ),
+            Phase("mixture", 3200, 2e-3, final=0.02, stop=1668, **_code_heavy("every", 0.45)),
             Phase(
                 "mixture",
                 1500,
                 2e-3,
                 grow=_TEN,
                 final=0.02,
-                hard_share=0.45,
-                shares=_CODE_HEAVY,
-                crux_turns=3,
-                trace_share=0.5,
+                stop=376,
+                **_code_heavy("every", 0.45),
             ),
+            Phase("mixture", 1200, 1.5e-3, final=0.01, **_code_heavy("path", 0.45)),
         ),
     ),
     "large": PretrainRecipe(
         width=128,
         mlp=256,
-        layers=8,
+        layers=10,
         parent="medium",
-        phases=(Phase("mixture", 3000, 1.5e-3, grow=_TWELVE, final=0.02, hard_share=0.6),),
+        phases=(
+            Phase("mixture", 3000, 1.5e-3, grow=_TWELVE, final=0.01, **_code_heavy("path", 0.6)),
+        ),
     ),
 }

@@ -27,11 +27,11 @@ from rad.reporting.writers import (
 def efficiency(results: Results) -> Table:
     """Memory and speed; students of one placement share a row, whatever their teacher."""
     study = results.study
-    titles = ("KV bytes / token", "state bytes", "cache at longest context")
+    titles = ("KV bytes/token", "state bytes", "cache at longest context")
     columns = [
         *(Column(name, numeric=False) for name in ("model", "kept", "mixer")),
         *(Column(name) for name in ("attention heads", *titles)),
-        *(Column(name) for name in ("decode tokens / s", "parameters", "runs")),
+        *(Column(name) for name in ("decode tokens/s", "parameters", "runs")),
     ]
     panels, records = [], []
 
@@ -157,7 +157,7 @@ def heldout(results: Results) -> Table:
     """Where distillation ended, and how fast it went."""
     names = ("selector", "kept", "mixer", "recipe", "teacher")
     columns = [Column(name, numeric=False) for name in names]
-    numbers = ("held-out KL, nats / token", "tokens", "tokens / s", "time", "peak memory", "seeds")
+    numbers = ("held-out KL, nats/token", "tokens", "tokens/s", "time", "peak memory", "seeds")
     columns += [Column(name) for name in numbers]
     panels, records = [], []
     for view in views(results.study):

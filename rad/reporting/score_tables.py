@@ -267,7 +267,7 @@ def faithful(results: Results) -> Table:
     chosen = families(results)
     names = ("method", "selector", "kept", "mixer", "initialisation", "recipe", "teacher")
     columns = [Column(name, numeric=False) for name in names]
-    columns.append(Column("KV bytes / token"))
+    columns.append(Column("KV bytes/token"))
     columns += [Column(family.heading) for family in chosen]
     panels, records = [], []
     everything = cells(results.study, "faithful")
@@ -306,7 +306,7 @@ def references(results: Results) -> Table:
     """Models as they are, and students that bound what a selection can gain or lose."""
     chosen = families(results)
     columns = [Column("model", numeric=False), Column("what it is", numeric=False)]
-    columns.append(Column("KV bytes / token"))
+    columns.append(Column("KV bytes/token"))
     columns += [Column(family.heading) for family in chosen]
     rows, records = [], []
     for title, role, group, cell in reference_rows(results):

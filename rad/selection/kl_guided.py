@@ -1,8 +1,8 @@
 """KL-guided layer selection, GA-S2 (arXiv 2512.20569): which layer, put back, helps most.
 
 For every layer: the all-linear student (mixers from stage-1 alignment) gets that one layer's
-softmax attention back, is trained briefly on forward KL to the base, and is scored by its KL on a
-fixed held-out slice. Layers are ranked by that KL, lowest first, and the top K are kept in one shot.
+softmax attention back, is trained briefly on forward KL to the base, and is scored by its KL on
+a fixed held-out slice. Layers are ranked by that KL, lowest first, and the top K are kept at once.
 All candidates see the same batches in the same order, so their differences are paired.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from rad.data.corpus import Corpus
-from rad.distillation import losses, optimiser as optimisers
+from rad.distillation import losses
+from rad.distillation import optimiser as optimisers
 from rad.distillation.batches import Batches
 from rad.distillation.measure import HeldOut
 from rad.files import digest, read_json, write_json

@@ -5,18 +5,18 @@ rule align:
     output:
         "<results>/alignment/{base}/{mixer}/mixers.safetensors",
         "<results>/alignment/{base}/{mixer}/alignment.json",
+    log:
+        "<logs>/align/{base}-{mixer}.log",
+    benchmark:
+        "<results>/benchmarks/align/{base}-{mixer}.jsonl"
+    priority: 20
+    threads: 1
     params:
         state=HELPERS.state,
         mixer=HELPERS.mixer,
         settings=HELPERS.alignment,
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
-    log:
-        "<logs>/align/{base}-{mixer}.log",
-    benchmark:
-        "<results>/benchmarks/align/{base}-{mixer}.jsonl"
-    threads: 1
-    priority: 20
     shell:
         "rad --threads {threads} align --model {input.model} --mixer {params.mixer:q} "
         "--settings {params.settings:q} --corpus {params.corpus} "

@@ -4,11 +4,11 @@
 rule spec:
     output:
         "<results>/runs/{run}/spec.json",
-    params:
-        spec=HELPERS.spec,
     log:
         "<logs>/spec/{run}.log",
     localrule: True
+    params:
+        spec=HELPERS.spec,
     shell:
         "printf '%s\\n' {params.spec:q} > {output} 2> {log}"
 
@@ -16,10 +16,10 @@ rule spec:
 rule reference_spec:
     output:
         "<results>/runs/model-{model}/spec.json",
-    params:
-        spec=HELPERS.reference_spec,
     log:
         "<logs>/spec/model-{model}.log",
     localrule: True
+    params:
+        spec=HELPERS.reference_spec,
     shell:
         "printf '%s\\n' {params.spec:q} > {output} 2> {log}"

@@ -4,15 +4,15 @@ rule corpus:
         files=HELPERS.corpus_files,
     output:
         "<results>/corpus/{corpus}/manifest.json",
-    params:
-        settings=HELPERS.corpus,
-        folder=subpath(output[0], parent=True),
     log:
         "<logs>/corpus/{corpus}.log",
     benchmark:
         "<results>/benchmarks/corpus/{corpus}.jsonl"
-    threads: 1
     priority: 20
+    threads: 1
+    params:
+        settings=HELPERS.corpus,
+        folder=subpath(output[0], parent=True),
     shell:
         "rad --threads {threads} corpus --name {wildcards.corpus} --settings {params.settings:q} "
         "--model {input.model} --output {params.folder} > {log} 2>&1"
@@ -24,15 +24,15 @@ rule tasks:
         files=HELPERS.task_files,
     output:
         "<results>/tasks/manifest.json",
-    params:
-        settings=HELPERS.tasks,
-        folder=subpath(output[0], parent=True),
     log:
         "<logs>/tasks.log",
     benchmark:
         "<results>/benchmarks/tasks/tasks.jsonl"
-    threads: 1
     priority: 20
+    threads: 1
+    params:
+        settings=HELPERS.tasks,
+        folder=subpath(output[0], parent=True),
     shell:
         "rad --threads {threads} tasks --settings {params.settings:q} --model {input.model} "
         "--output {params.folder} > {log} 2>&1"

@@ -12,6 +12,11 @@ rule distil:
         "<results>/runs/{run}/curve.jsonl",
         "<results>/runs/{run}/training.json",
         "<results>/runs/{run}/placement.json",
+    log:
+        "<logs>/distil/{run}.log",
+    benchmark:
+        "<results>/benchmarks/distil/{run}.jsonl"
+    threads: 1
     params:
         state=HELPERS.state,
         corpus=subpath(input.corpus, parent=True),
@@ -19,11 +24,6 @@ rule distil:
         aligned=HELPERS.aligned_option,
         probe_samples=STUDY.evaluation.probe_samples,
         folder=subpath(input.spec, parent=True),
-    log:
-        "<logs>/distil/{run}.log",
-    benchmark:
-        "<results>/benchmarks/distil/{run}.jsonl"
-    threads: 1
     shell:
         "rad --threads {threads} distil --spec {input.spec} --placement {input.placement} "
         "--corpus {params.corpus} --tasks {params.tasks} --probe-samples {params.probe_samples} "

@@ -8,15 +8,15 @@ rule evaluate:
         "<results>/runs/{scored}/evaluation.json",
         "<results>/runs/{scored}/samples.jsonl",
         "<results>/runs/{scored}/efficiency.json",
-    params:
-        settings=HELPERS.tasks,
-        tasks=subpath(input.tasks, parent=True),
-        folder=subpath(input.spec, parent=True),
     log:
         "<logs>/evaluate/{scored}.log",
     benchmark:
         "<results>/benchmarks/evaluate/{scored}.jsonl"
     threads: 1
+    params:
+        settings=HELPERS.tasks,
+        tasks=subpath(input.tasks, parent=True),
+        folder=subpath(input.spec, parent=True),
     shell:
         "rad --threads {threads} evaluate --spec {input.spec} --tasks {params.tasks} "
         "--settings {params.settings:q} --output {params.folder} > {log} 2>&1"

@@ -1,11 +1,11 @@
 rule model:
     output:
         "<results>/models/{model}/source.json",
-    params:
-        settings=HELPERS.model,
     log:
         "<logs>/model/{model}.log",
     localrule: True
+    params:
+        settings=HELPERS.model,
     shell:
         "rad model --name {wildcards.model} --settings {params.settings:q} --output {output} 2> {log}"
 
@@ -23,13 +23,13 @@ rule pretrain:
         parents=HELPERS.nano_parents,
     output:
         NANO + "/{size}/model.safetensors",
-    params:
-        folder=lambda wildcards, output: str(Path(output[0]).parent),
     log:
         "logs/nano_models/{size}.log",
     wildcard_constraints:
         size="base|medium|large",
     threads: 1
+    params:
+        folder=lambda wildcards, output: str(Path(output[0]).parent),
     shell:
         "rad --threads {threads} pretrain --size {wildcards.size} --parents {NANO} "
         "--output {params.folder} >> {log} 2>&1"

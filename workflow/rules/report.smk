@@ -1,11 +1,11 @@
 rule study:
     output:
         "<results>/study.json",
-    params:
-        study=HELPERS.whole_study,
     log:
         "<logs>/study.log",
     localrule: True
+    params:
+        study=HELPERS.whole_study,
     shell:
         "printf '%s\\n' {params.study:q} > {output} 2> {log}"
 
@@ -28,12 +28,12 @@ rule report:
             category="Figures",
         ),
         other_figures=HELPERS.report_files("figures", ".pdf"),
-    params:
-        root=subpath(input.study, parent=True),
     log:
         "<logs>/report.log",
     benchmark:
         "<results>/benchmarks/report/report.jsonl"
     threads: 1
+    params:
+        root=subpath(input.study, parent=True),
     shell:
         "rad report --study {input.study} --root {params.root} > {log} 2>&1"

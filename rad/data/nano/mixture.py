@@ -35,6 +35,7 @@ def _document(
     hard_share: float,
     crux_turns: int,
     trace_share: float | None,
+    trace: str,
     length: ruler.Length,
 ) -> Example:
     family = rng.choices(list(shares), list(shares.values()))[0]
@@ -60,7 +61,7 @@ def _document(
         task=task,
         tokens=tokens,
         turns=len(NOUNS),
-        trace_all=trace_share is not None,
+        trace=trace,
     )
 
 
@@ -71,6 +72,7 @@ def training_documents(
     hard_share: float = HARD_SHARE,
     crux_turns: int = 1,
     trace_share: float | None = None,
+    trace: str = "path",
     length: ruler.Length | None = None,
 ) -> Iterator[Example]:
     """The mixture of all families, without end; no prompt belongs to test or hard."""
@@ -78,7 +80,7 @@ def training_documents(
     measure = token_length if length is None else length
     mix = SHARES if shares is None else shares
     while True:
-        example = _document(rng, mix, hard_share, crux_turns, trace_share, measure)
+        example = _document(rng, mix, hard_share, crux_turns, trace_share, trace, measure)
         if split_of(example.prompt) == "train":
             yield example
 

@@ -58,10 +58,18 @@ def _lookup(rng: random.Random, task: str, hard: bool, tokens: int) -> tuple[lis
     return statements, [(f" ask {key}", f" {value}") for key, value in pairs]
 
 
-def _trace(
-    rng: random.Random, hard: bool, tokens: int, every: bool
-) -> tuple[list[str], list[Turn]]:
-    """Chains ` a red; b a; c b;`, interleaved; the last (or every) variable of each is asked."""
+def _path(chain: int, names: list[str], links: int, values: list[str]) -> str:
+    """What follows from the last variable of a chain down to the value."""
+    way = names[chain * links : (chain + 1) * links - 1][::-1]
+    return "".join(f" {word}" for word in [*way, values[chain]])
+
+
+def _trace(rng: random.Random, hard: bool, tokens: int, trace: str) -> tuple[list[str], list[Turn]]:
+    """Chains ` a red; b a; c b;`, interleaved, and what is asked of them.
+
+    `path`: the last variable of each chain, answered by the way to its value (` b a red`);
+    `end`: the value alone; `every`: the value alone, of every variable.
+    """
     links = rng.randint(3, 4) if hard else 2
     chains = max(2, tokens // (32 if hard else 24))
     chains = min(chains, (len(NOUNS) - 4) // links)
@@ -78,7 +86,11 @@ def _trace(
         statements.append(f" {name} {before[chain]};")
         before[chain] = name
     ends = [(f" ask {before[i]}", f" {values[i]}") for i in range(chains)]
-    if every:
+    if trace == "path":
+        return statements, [
+            (question, _path(i, names, links, values)) for i, (question, _) in enumerate(ends)
+        ]
+    if trace == "every":
         return statements, [(f" ask {name}", f" {values[i]}") for name, i in chain_of.items()]
     return statements, ends
 
@@ -106,7 +118,7 @@ def build(
     task: str = "multikey",
     tokens: int = 128,
     turns: int = 1,
-    trace_all: bool = False,
+    trace: str = "path",
 ) -> Example:
     """At most `tokens` tokens, `<s>` and `</s>` counted, asking up to `turns` questions."""
     if task not in TASKS:
@@ -123,7 +135,7 @@ def build(
         return Example(FAMILY, prompt, f" {winner}", meta)
     header = "Trace:" if task == "vt" else "Look:"
     if task == "vt":
-        statements, asked = _trace(rng, hard, tokens, trace_all)
+        statements, asked = _trace(rng, hard, tokens, trace)
     else:
         statements, asked = _lookup(rng, task, hard, tokens)
     rng.shuffle(asked)

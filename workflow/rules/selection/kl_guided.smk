@@ -6,20 +6,20 @@ rule select_kl_guided:
         aligned=HELPERS.selector_alignment,
     output:
         "<results>/selection/{base}/{selector}/{budget}/placement.json",
-    params:
-        state=HELPERS.state,
-        selector=HELPERS.selector,
-        mixer=HELPERS.selector_mixer,
-        corpus=subpath(input.corpus, parent=True),
-        aligned=subpath(input.aligned, parent=True),
     log:
         "<logs>/select/{base}-{selector}-{budget}.log",
     benchmark:
         "<results>/benchmarks/select/{base}-{selector}-{budget}.jsonl"
     wildcard_constraints:
         selector=HELPERS.selectors_of("kl_guided"),
-    threads: 1
     priority: 20
+    threads: 1
+    params:
+        state=HELPERS.state,
+        selector=HELPERS.selector,
+        mixer=HELPERS.selector_mixer,
+        corpus=subpath(input.corpus, parent=True),
+        aligned=subpath(input.aligned, parent=True),
     shell:
         "rad --threads {threads} select --selector {params.selector:q} --model {input.model} "
         "--budget {wildcards.budget} --corpus {params.corpus} --aligned {params.aligned} "

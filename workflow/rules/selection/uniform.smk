@@ -4,8 +4,6 @@ rule select_uniform:
         model="<results>/models/{base}/source.json",
     output:
         "<results>/selection/{base}/{selector}/{budget}/placement.json",
-    params:
-        selector=HELPERS.selector,
     log:
         "<logs>/select/{base}-{selector}-{budget}.log",
     benchmark:
@@ -13,6 +11,8 @@ rule select_uniform:
     wildcard_constraints:
         selector=HELPERS.selectors_of("uniform"),
     threads: 1
+    params:
+        selector=HELPERS.selector,
     shell:
         "rad select --selector {params.selector:q} --model {input.model} "
         "--budget {wildcards.budget} --output {output} > {log} 2>&1"

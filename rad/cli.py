@@ -66,10 +66,12 @@ def model(args: argparse.Namespace) -> None:
 
 
 def pretrain(args: argparse.Namespace) -> None:
-    """Train a nano model from nothing."""
+    """Train a nano model from nothing, score it and write its card."""
+    from rad.pretraining.card import describe
     from rad.pretraining.loop import pretrain as run
 
-    run(args.size, args.output, seed=args.seed, threads=args.threads, parents=args.parents)
+    run(args.size, args.output, seed=args.seed, threads=args.threads or 1)
+    describe(args.output, args.size)
 
 
 def corpus(args: argparse.Namespace) -> None:
@@ -235,7 +237,6 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], None], list[Argument]]] = 
         [
             ("--size", {"required": True}),
             ("--output", _PATH),
-            ("--parents", _OPTIONAL),
             ("--seed", {"type": int, "default": 0}),
         ],
     ),

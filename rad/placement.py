@@ -16,8 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from rad.files import write_json
 
-SCHEMA = 1
-
 
 class BudgetError(ValueError):
     """A budget cannot be met by the model it is asked of."""
@@ -123,7 +121,7 @@ class Placement(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    schema_: Literal[1] = Field(SCHEMA, alias="schema")
+    schema_: Literal[1] = Field(1, alias="schema")
     base: str
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)

@@ -12,9 +12,6 @@ from typing import Any
 
 from rad.study import Study
 
-NANO_PARENTS: dict[str, list[str]] = {"base": [], "medium": [], "large": []}
-
-
 class Helpers:
     """The study seen from the workflow."""
 
@@ -134,9 +131,6 @@ class Helpers:
             name = wildcards.scored.removeprefix("model-")
             return f"<results>/models/{name}/source.json"
         return f"<results>/runs/{wildcards.scored}/model/model.safetensors"
-
-    def nano_parents(self, wildcards: Any) -> list[str]:
-        return [f"results/nano_models/{p}/model.safetensors" for p in NANO_PARENTS[wildcards.size]]
 
     def everything_scored(self, wildcards: Any) -> list[str]:
         """What the report reads, besides the study itself."""

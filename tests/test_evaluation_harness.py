@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from test_evaluation_build import NANO, book
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rad.evaluation import bridge
+from rad.evaluation import probe
+from rad.evaluation.bridge import HarnessModel, TruncationError, stop_ids
 from rad.evaluation.build import build_tasks
 from rad.evaluation.efficiency import cache_bytes, measure
 from rad.evaluation.harness import evaluate
@@ -140,8 +142,8 @@ def request(*arguments: Any) -> Any:
 
 
 def generate(model: Any, tokenizer: Any, size: int, stops: tuple[str, ...] = ()) -> list[str]:
-    options = {"until": list(stops), "max_gen_toks": 24}
-    lm = bridge.Bridge(model, tokenizer, size, progress=False)
+    options = {"until": list(stops), "max_gen_toks": 24, "do_sample": False}
+    lm = HarnessModel(model, tokenizer, size)
     return lm.generate_until([request(prompt, options) for prompt in PROMPTS])
 
 
@@ -153,7 +155,7 @@ def test_gold_answers_score_one_and_wrong_ones_zero(
 ) -> None:
     for value, say in ((1.0, lambda doc: doc["target"]), (0.0, lambda doc: " nothing")):
         monkeypatch.setattr(
-            bridge.Bridge,
+            HarnessModel,
             "generate_until",
             lambda self, requests, say=say: [say(item.doc) for item in requests],
         )
@@ -248,8 +250,9 @@ def test_without_network_or_home(
 def test_a_prompt_that_does_not_fit_is_an_error(
     model: Any, tokenizer: Any, tasks: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"needs \d+ tokens.*limit is 40.*max_length"):
-        run(model, tokenizer, tasks, tmp_path, max_length=40)
+    for limit in (40, 6):  # at 6 an answer alone takes everything
+        with pytest.raises(TruncationError, match=rf"needs \d+ tokens.*limit is {limit}:.*max_l"):
+            run(model, tokenizer, tasks, tmp_path, max_length=limit)
     assert not (tmp_path / "evaluation.json").exists()
 
 
@@ -297,44 +300,69 @@ def test_answers_end_before_stop_strings(model: Any, tokenizer: Any) -> None:
     assert generate(model, tokenizer, 1, (stop,)) == expected
 
 
-def test_answers_end_at_end_of_text(
+def test_answers_end_at_end_of_text(model: Any, tokenizer: Any) -> None:
+    full = generate(model, tokenizer, 5)
+    prompt = torch.tensor([tokenizer.encode(PROMPTS[0])])
+    output = model.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=None)
+    end = output[0, prompt.shape[1] + 5].item()
+    other = copy.deepcopy(tokenizer)
+    other.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(end)})
+    assert other.eos_token_id == end and other.encode(TEXT) == tokenizer.encode(TEXT)
+    # the checkpoint names another token; both end an answer
+    assert stop_ids(model, other) == sorted({tokenizer.eos_token_id, end})
+    expected = [text.split(tokenizer.decode(end))[0] for text in full]
+    assert expected[0] and expected != full
+    assert generate(model, other, 5) == expected
+    assert generate(model, other, 1) == expected
+
+
+def test_settings_of_the_checkpoint_change_nothing(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lm = bridge.Bridge(model, tokenizer, 2, progress=False)
-    assert lm.stop_ids == [tokenizer.eos_token_id]
-    tokens = tokenizer.encode("one", add_special_tokens=False)
-    more = tokenizer.encode(" two", add_special_tokens=False)
-    assert lm._text([*tokens, tokenizer.eos_token_id, *more], ()) == "one"
+    plain = generate(model, tokenizer, 5)
+    shipped = GenerationConfig(
+        do_sample=True,
+        temperature=3.0,
+        top_p=0.9,
+        repetition_penalty=2.0,
+        no_repeat_ngram_size=1,
+        max_new_tokens=2,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    monkeypatch.setattr(model, "generation_config", shipped)
+    assert generate(model, tokenizer, 5) == plain
+    assert model.generation_config is shipped
 
 
-def test_exactly_one_start_of_text(tokenizer: Any) -> None:
+def test_the_tokenizer_is_left_alone(model: Any, tokenizer: Any) -> None:
+    mine = copy.deepcopy(tokenizer)
+    mine.padding_side, mine.pad_token = "right", None
+    expected = generate(model, tokenizer, 5)
+    assert generate(model, mine, 5) == expected
+    assert mine.padding_side == "right" and mine.pad_token is None
+
+
+def test_exactly_one_start_of_text(model: Any, tokenizer: Any) -> None:
     start = tokenizer.bos_token_id
+    lm = HarnessModel(model, tokenizer, 2)
     for text in ("Ann has", "<s>Ann has"):
-        tokens = bridge.encode(tokenizer, text)
-        assert tokens[0] == start and tokens.count(start) == 1
-    before, after = bridge.encode_pair(tokenizer, "assert f(1) == ", "[1, 2]")
+        batch, mask = lm.tok_batch_encode([text, text + " hats"])
+        for tokens in (probe.encode(tokenizer, text), batch[0][mask[0] == 1].tolist()):
+            assert tokens[0] == start and tokens.count(start) == 1
+    before, after = probe.encode_pair(tokenizer, "assert f(1) == ", "[1, 2]")
     assert before.count(start) == 1 and start not in after
     assert tokenizer.decode(before[1:] + after) == "assert f(1) == [1, 2]"
 
 
-def test_agrees_with_lm_evals_own_bridge(model: Any, tokenizer: Any) -> None:
-    pytest.importorskip("accelerate", reason="lm-eval's HFLM needs accelerate")
-    from lm_eval.models.huggingface import HFLM
-
-    other = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5)
-    options = {"until": ["\n"], "max_gen_toks": 24, "do_sample": False}
-    asked = [request(prompt, dict(options)) for prompt in PROMPTS]
-    assert other.generate_until(asked) == generate(model, tokenizer, 5, ("\n",))
-
-
 def test_loglikelihood_knows_the_greedy_answer(model: Any, tokenizer: Any) -> None:
-    lm = bridge.Bridge(model, tokenizer, 3, progress=False)
-    before = bridge.encode(tokenizer, TEXT)
+    lm = HarnessModel(model, tokenizer, 3)
+    text = TEXT.rstrip()
+    before = tokenizer.encode(text)
     after = tokenizer.encode(" hats", add_special_tokens=False)
     with torch.no_grad():
         logits = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
     want = sum(float(logits[len(before) - 1 + i, token]) for i, token in enumerate(after))
-    value, greedy = lm.loglikelihood([request(TEXT, " hats"), request("Ann", " has")])[0]
+    value, greedy = lm.loglikelihood([request(text, " hats"), request("Ann", " has")])[0]
     assert value == pytest.approx(want, rel=1e-4) and not greedy
 
 
@@ -346,11 +374,11 @@ def test_the_probe_is_greedy_exact_match(
 ) -> None:
     # targets are token numbers, because a random model's tokens are not text
     monkeypatch.setattr(
-        bridge, "encode_pair", lambda tokenizer, p, t: (bridge.encode(tokenizer, p), json.loads(t))
+        probe, "encode_pair", lambda tokenizer, p, t: (probe.encode(tokenizer, p), json.loads(t))
     )
     items = []
     for prompt in PROMPTS:
-        tokens = torch.tensor([bridge.encode(tokenizer, prompt)])
+        tokens = torch.tensor([probe.encode(tokenizer, prompt)])
         output = model.generate(tokens, max_new_tokens=6, do_sample=False, eos_token_id=None)
         answer = output[0, tokens.shape[1] :].tolist()
         items.append(ProbeItem("right", prompt, json.dumps(answer), False))

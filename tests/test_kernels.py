@@ -87,6 +87,8 @@ def test_conv_equals_the_reference_and_carries_its_state(width: int, time: int) 
     fast, fast_state = causal_conv(x, weight, bias, state)
     torch.testing.assert_close(fast, slow)
     torch.testing.assert_close(fast_state, slow_state)
+    if time == 1:
+        return
     first, carried = causal_conv(x[:, :1], weight, bias, state)
     rest, _ = causal_conv(x[:, 1:], weight, bias, carried)
     torch.testing.assert_close(torch.cat([first, rest], 1), slow)

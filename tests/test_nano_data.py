@@ -81,17 +81,28 @@ def test_retrieval_answers_follow_from_the_context(split: str) -> None:
     for task in ("single", "multikey", "vt"):
         for example in nano.generate("ruler_nano", split, 0, 40, task=task, tokens=128):
             pairs = _statements(example.prompt)
-            value = example.prompt.rpartition(" ask ")[2]
-            hops = 0
-            while value in pairs:
-                value, hops = pairs[value], hops + 1
-            assert example.answer == f" {value}"
-            assert hops == 1 if task != "vt" else hops >= 2
+            at = example.prompt.rpartition(" ask ")[2]
+            way = []
+            while at in pairs:
+                at = pairs[at]
+                way.append(at)
+            assert example.answer == "".join(f" {word}" for word in way)
+            assert len(way) == 1 if task != "vt" else len(way) >= 2
     for example in nano.generate("ruler_nano", split, 0, 40, task="cwe", tokens=128):
         words = example.prompt.removeprefix("Count:").removesuffix(" ask most").split()
         counts = sorted((words.count(w) for w in set(words)), reverse=True)
         assert words.count(example.answer.strip()) == counts[0]
         assert counts[0] - counts[1] >= (1 if split == "hard" else 3)
+
+
+def test_code_turns_are_true_and_follow_the_prompt() -> None:
+    stream = mixture.training_documents(0, crux_turns=3)
+    found = [e for e in itertools.islice(stream, 300) if e.meta.get("turns") and "source" in e.meta]
+    assert found
+    for example in found:
+        for call, answer in example.meta["turns"]:
+            argument = ast.literal_eval(call.removeprefix("assert f(").removesuffix(") == "))
+            assert ast.literal_eval(answer) == crux.run(example.meta["source"], argument)
 
 
 def test_bad_arguments_are_named() -> None:

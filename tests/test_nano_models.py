@@ -136,8 +136,30 @@ def test_missing_transition_is_an_error(tmp_path: Path) -> None:
 def test_unknown_size_and_missing_parent(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown nano size 'huge'"):
         loop.pretrain("huge", tmp_path)
-    with pytest.raises(FileNotFoundError, match="no checkpoint of nano:medium"):
-        loop.pretrain("large", tmp_path / "out", parents=tmp_path)
+    child = dataclasses.replace(TINY, parent="base")
+    with pytest.raises(ValueError, match="pass `parents`"):
+        loop.pretrain("medium", tmp_path / "out", recipe=child)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of nano:base"):
+        loop.pretrain("medium", tmp_path / "out", recipe=child, parents=tmp_path)
+
+
+def test_a_child_continues_from_its_parent(tmp_path: Path) -> None:
+    still = Phase("mixture", 1, 0.0, rows=4, grow=(0, 1, None), rounded=True)
+    parent = dataclasses.replace(TINY, phases=(dataclasses.replace(TINY.phases[1], grow=None),))
+    loop.pretrain("base", tmp_path / "base", recipe=parent, progress=False, compiled=False)
+    child = dataclasses.replace(TINY, parent="base", phases=(still,))
+    loop.pretrain(
+        "medium",
+        tmp_path / "medium",
+        recipe=child,
+        parents=tmp_path,
+        progress=False,
+        compiled=False,
+    )
+    old, new = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "medium"))
+    # A learning rate of zero leaves the parent's layers as they were, through the rounding too.
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert not new["model.layers.2.self_attn.o_proj.weight"].any()
 
 
 def test_scoring_rule() -> None:

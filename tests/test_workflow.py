@@ -162,7 +162,7 @@ def test_the_shrunk_default_study_runs_from_nothing_to_the_report(tmp_path: Path
     page = (results / "report.html").read_text(encoding="utf-8")
     for name in ("uniform", "rad", "kl_guided", "retrieval_aware", "medium", "large"):
         assert name in page
-    assert len(list((results / "runs").glob("*/evaluation.json"))) == 20
+    assert len(list((results / "runs").glob("*/evaluation.json"))) == 16
     assert not any((tmp_path / "state").rglob("*.safetensors"))
     again = _snakemake("--cores", "2", "--configfile", overlay, folder=tmp_path)
     assert "Nothing to be done" in again.stdout + again.stderr
@@ -186,7 +186,9 @@ evaluation:
   probe_samples: 4
   tasks:
     gsm_nano: {samples: 4}
+    gsm_hard: {samples: 4}
     crux_nano: {samples: 4}
+    crux_hard: {samples: 4}
     ruler_nano: {samples: 2, lengths: [64]}
   efficiency: {contexts: [64, 96], decode_tokens: 2}
 """

@@ -129,7 +129,7 @@ def _stage(
         tokens, weight = batches(step)
         learning_rate = optimisers.set_rate(optimiser, stage, step, steps)
         loss = _loss(job, stage, tokens, weight)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
         if not torch.isfinite(norm):
             raise FloatingPointError(

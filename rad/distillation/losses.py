@@ -47,5 +47,6 @@ def alignment_loss(target: Tensor, output: Tensor, weight: Tensor) -> Tensor:
     Stage 1 as run by KL-guided selection (not squared; its sheet, section 2.1).
     """
     # the small constant keeps the gradient of the norm finite where the output is exact
-    distance = ((target - output).float().square().sum(-1) + 1e-12).sqrt()
-    return weighted_mean(distance, weight) / target.shape[-1] ** 0.5
+    distance: Tensor = ((target - output).float().square().sum(-1) + 1e-12).sqrt()
+    mean: Tensor = weighted_mean(distance, weight) / target.shape[-1] ** 0.5
+    return mean

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import os
@@ -24,8 +23,8 @@ _STANDARD_ERRORS = 2
 
 
 @contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """No network, no bars but our own, and of the libraries' chatter only errors."""
+def _offline(progress: bool) -> Iterator[None]:
+    """No network, bars of `HFLM` alone and only when wanted, of the chatter only errors."""
     wanted = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -40,14 +39,22 @@ def _offline() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     from lm_eval.api import task as task_module
+    from lm_eval.models import huggingface as model_module
 
     bar = task_module.tqdm
-    # One bar per task for building requests, which takes milliseconds here.
-    task_module.tqdm = functools.partial(bar, disable=True)
+
+    def hidden(*values: Any, **options: Any) -> Any:
+        return bar(*values, **{**options, "disable": True})
+
+    # lm-eval makes a bar per task for building requests, which takes milliseconds here.
+    quiet = [task_module] if progress else [task_module, model_module]
+    for module in quiet:
+        module.tqdm = hidden
     try:
         yield
     finally:
-        task_module.tqdm = bar
+        for module in quiet:
+            module.tqdm = bar
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         for name, value in before.items():
@@ -145,12 +152,12 @@ def evaluate(
     started = time.monotonic()
     manifest = load_manifest(tasks)
     limit = max_length or manifest["max_length"]
-    with _offline():
+    with _offline(progress):
         import torch
         from lm_eval import evaluate as run_tasks
         from lm_eval.tasks import TaskManager
 
-        from rad.evaluation.bridge import Bridge
+        from rad.evaluation.bridge import HarnessModel
 
         was_training = model.training
         names = [entry["name"] for entry in manifest["tasks"]]
@@ -160,7 +167,7 @@ def evaluate(
         # `simple_evaluate` is this call plus several seconds of asking pip and git about the
         # machine; what it would add and is of use is added below.
         results = run_tasks(
-            lm=Bridge(model, tokenizer, batch_size, limit, progress),
+            lm=HarnessModel(model, tokenizer, batch_size, limit),
             task_dict=loaded,
             bootstrap_iters=_STANDARD_ERRORS,
             log_samples=True,

@@ -48,12 +48,33 @@ def build_probe(tasks: Path, samples: int) -> list[ProbeItem]:
     return items
 
 
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a prompt with the specials that the tokenizer adds, and never two `<s>`."""
+    tokens: list[int] = tokenizer.encode(text)
+    start = tokenizer.bos_token_id
+    while start is not None and tokens[:2] == [start, start]:
+        tokens = tokens[1:]  # the text (a chat template) brought its own
+    return tokens
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt and of what follows it, cut where generation would start.
+
+    Tokenised together when that leaves the prompt's tokens as they are, else apart.
+    """
+    before = encode(tokenizer, prompt)
+    both = encode(tokenizer, prompt + target)
+    if both[: len(before)] == before:
+        return before, both[len(before) :]
+    return before, tokenizer.encode(target, add_special_tokens=False)
+
+
 def _rows(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[ProbeItem]
 ) -> list[tuple[int, list[int], int]]:
     """(index, tokens, answer tokens) of every item, longest first."""
-    from rad.evaluation.bridge import encode_pair
-
     rows = []
     for index, item in enumerate(items):
         before, after = encode_pair(tokenizer, item.prompt, item.target)
@@ -68,14 +89,13 @@ def _correct(
 ) -> dict[int, bool]:
     """Item index -> whether every answer token is the argmax."""
     import torch
-
-    from rad.evaluation.bridge import pad
+    from torch.nn.utils.rnn import pad_sequence
 
     correct: dict[int, bool] = {}
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         # Padded on the right: a causal model does not see it, so no mask is needed.
-        tokens, _ = pad([row[:-1] for _, row, _ in batch], 0, "right")
+        tokens = pad_sequence([torch.tensor(row[:-1]) for _, row, _ in batch], batch_first=True)
         best = model(tokens.to(model.device), use_cache=False).logits.argmax(-1).cpu()
         for (index, row, count), guesses in zip(batch, best, strict=True):
             end = len(row) - 1

@@ -59,14 +59,14 @@ class HybridCache(DynamicCache):
 
     def mixer_state(self, layer_idx: int) -> State | None:
         """The mixer's state of one layer, None before its first token."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         if not self._names or not layer.has_previous_state[0]:
             return None
         return {name: layer.recurrent_states[i] for i, name in enumerate(self._names)}
 
     def update_mixer_state(self, layer_idx: int, state: dict[str, Tensor]) -> None:
         """Replace the mixer's state of one layer."""
-        layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx]
         for index, name in enumerate(self._names):
             layer.recurrent_states[index] = state[name]
             layer.is_recurrent_states_initialized[index] = True
@@ -75,5 +75,5 @@ class HybridCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self._seen = 0

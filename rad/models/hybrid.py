@@ -36,9 +36,10 @@ class SoftmaxHeads(nn.Module):
         super().__init__()
         self.config, self.layer_idx, self.kept = config, layer_idx, kept
         self.geometry = Geometry.of(config)
-        width = len(kept) * self.geometry.head_dim
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, width, bias=self.geometry.bias))
+        width, bias = len(kept) * self.geometry.head_dim, self.geometry.bias
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.scaling = self.geometry.head_dim**-0.5
         self.num_key_value_groups = 1
         self.is_causal = True
@@ -53,7 +54,7 @@ class SoftmaxHeads(nn.Module):
     ) -> Tensor:
         """u (B,T,E) -> (B,T,kept,D)."""
         shape = (*u.shape[:-1], len(self.kept), self.geometry.head_dim)
-        q, k, v = (layer(u).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (project(u).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B,kept,T,D)
@@ -220,24 +221,24 @@ class LlamaHybridConfig(LlamaConfig):
     """Llama plus `rad_heads` (kept query heads per layer) and `rad_mixer` (mixer settings)."""
 
     model_type = "rad_llama"
-    rad_heads: list | None = None
-    rad_mixer: dict | None = None
+    rad_heads: list[Any] | None = None
+    rad_mixer: dict[str, Any] | None = None
 
 
 class Qwen2HybridConfig(Qwen2Config):
     """Qwen2 / Qwen2.5 plus `rad_heads` and `rad_mixer`."""
 
     model_type = "rad_qwen2"
-    rad_heads: list | None = None
-    rad_mixer: dict | None = None
+    rad_heads: list[Any] | None = None
+    rad_mixer: dict[str, Any] | None = None
 
 
 class Qwen3HybridConfig(Qwen3Config):
     """Qwen3 plus `rad_heads` and `rad_mixer`."""
 
     model_type = "rad_qwen3"
-    rad_heads: list | None = None
-    rad_mixer: dict | None = None
+    rad_heads: list[Any] | None = None
+    rad_mixer: dict[str, Any] | None = None
 
 
 class LlamaHybridForCausalLM(HybridMixin, LlamaForCausalLM):

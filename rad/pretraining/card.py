@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rad.data.nano.mixture import PROMPT_WEIGHT
+from rad.data.nano.mixture import PROMPT_WEIGHT, SHARES
 from rad.pretraining.probe import TASKS, ablation, score
-from rad.pretraining.recipes import RECIPES
+from rad.pretraining.recipes import RECIPES, Phase
 
 Scores = dict[str, dict[str, dict[str, float]]]
 
@@ -76,26 +76,37 @@ def top_heads(result: dict[str, Any], count: int = 8) -> list[tuple[int, int, fl
     return sorted(heads, key=lambda item: -item[2])[:count]
 
 
-def _phases(size: str) -> str:
-    lines = []
-    for index, phase in enumerate(RECIPES[size].phases):
-        grown = (
-            f", layers after growth {len(phase.grow)} (plan {list(phase.grow)})"
-            if phase.grow
-            else ""
-        )
-        extra = (
-            f", blocks of {phase.block[0]}-{phase.block[1]} tokens, active heads per layer "
+def _phase_line(phase: Phase) -> str:
+    parts = [f"{phase.kind}: "]
+    if phase.kind == "induction":
+        parts.append(
+            f"at most {phase.steps} steps of {phase.rows} x {phase.context} tokens, blocks of "
+            f"{phase.block[0]}-{phase.block[1]} tokens, active heads per layer "
             f"{list(phase.active_heads or ())}, until the loss falls under {phase.threshold}"
-            if phase.kind == "induction"
-            else f", hard share {phase.hard_share}"
         )
-        lines.append(
-            f"{index + 1}. {phase.kind}: at most {phase.steps} steps of {phase.rows} x "
-            f"{phase.context} tokens, lr {phase.learning_rate:g} (ends at {phase.final:g} of it)"
-            f"{grown}{extra}"
+    else:
+        steps = phase.steps if phase.stop is None else phase.stop
+        parts.append(f"{steps} steps of {phase.rows} x {phase.context} tokens")
+    parts.append(f", lr {phase.learning_rate:g}")
+    if phase.final < 1:
+        parts.append(f" (cosine over {phase.steps} steps to {phase.final:g} of it)")
+    if phase.grow is not None:
+        parts.append(f", grown to {len(phase.grow)} layers by the plan `{list(phase.grow)}`")
+    if phase.rounded:
+        parts.append(", weights rounded to bf16 first")
+    if phase.kind == "mixture":
+        shares = ", ".join(f"{k} {v:g}" for k, v in dict(phase.shares or SHARES).items())
+        parts.append(
+            f"; documents {shares}; above the easy level {phase.hard_share:g}, of these at the "
+            f"level of `hard` {phase.top_share:g}; {phase.crux_turns} calls per function; "
+            f"variable tracing `{phase.trace}`"
         )
-    return "\n".join(lines)
+    return "".join(parts)
+
+
+def _phases(size: str) -> str:
+    phases = RECIPES[size].phases
+    return "\n".join(f"{i}. {_phase_line(phase)}" for i, phase in enumerate(phases, 1))
 
 
 def write_card(

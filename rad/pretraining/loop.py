@@ -65,6 +65,7 @@ def _mixture_batches(
             seed * 1_000_003 + chunk,
             shares=dict(phase.shares) if phase.shares else None,
             hard_share=phase.hard_share,
+            top_share=phase.top_share,
             crux_turns=phase.crux_turns,
             trace_share=phase.trace_share,
             trace=phase.trace,
@@ -151,6 +152,10 @@ class _Run:
         else:
             if self.model is None or phase.kind == "induction":
                 self.model = self._start()  # a retry starts over
+            if phase.rounded:
+                with torch.no_grad():
+                    for parameter in self.model.parameters():
+                        parameter.copy_(parameter.bfloat16().float())
             if phase.grow is not None:
                 self.model = growth.grow(self.model, phase.grow, self._phase_seed())
         progress.layers = self.model.config.num_hidden_layers
@@ -295,6 +300,8 @@ def pretrain(
         "tokens": run.progress.tokens,
         "seconds": round(run.progress.seconds),
         "parent": recipe.parent,
+        "hardware": f"{threads} thread(s), {run.forward.dtype}"
+        + (", compiled" if run.forward.compiled else ""),
         "log": run.progress.log,
     }
     (output / "training.json").write_text(json.dumps(training, indent=1), encoding="utf-8")

@@ -134,7 +134,7 @@ def _candidate(
         tokens, weight, target = teacher(step)
         optimisers.set_rate(optimiser, stage, step, teacher.steps)
         loss = losses.kl_loss(target, student(tokens, use_cache=False).logits, weight)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)

@@ -19,8 +19,6 @@ rule nano_models:
 
 
 rule pretrain:
-    input:
-        parents=HELPERS.nano_parents,
     output:
         NANO + "/{size}/model.safetensors",
     log:
@@ -29,7 +27,7 @@ rule pretrain:
         size="base|medium|large",
     threads: 1
     params:
-        folder=lambda wildcards, output: str(Path(output[0]).parent),
+        folder=subpath(output[0], parent=True),
     shell:
-        "rad --threads {threads} pretrain --size {wildcards.size} --parents {NANO} "
+        "rad --threads {threads} pretrain --size {wildcards.size} "
         "--output {params.folder} >> {log} 2>&1"

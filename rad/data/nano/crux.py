@@ -123,13 +123,13 @@ def _turns(rng: random.Random, source: str, argument: Any, count: int) -> list[l
     return found
 
 
-def build(rng: random.Random, hard: bool, turns: int = 1) -> Example:
+def build(rng: random.Random, level: int, turns: int = 1) -> Example:
     """A function and a call; the answer is the literal it evaluates to when really run.
 
     Training documents ask for up to `turns` calls of the same function.
     """
     while True:
-        name, body, argument = _hard(rng) if hard else _easy(rng)
+        name, body, argument = _hard(rng) if level else _easy(rng)
         source = f"def f({name}):\n" + "\n".join(f"    {line}" for line in body) + "\n"
         try:
             value = run(source, argument)

@@ -1,4 +1,4 @@
-"""gsm_nano: one- to four-step word problems with a worked answer ending in `#### n`."""
+"""gsm_nano: one- to five-step word problems with a worked answer ending in `#### n`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _GAIN = ("gets", "buys", "finds")
 _LOSS = ("loses", "sells", "drops")
 
 
-def _step(rng: random.Random, name: str, total: int, hard: bool) -> tuple[str, str, int]:
+def _step(rng: random.Random, name: str, total: int, level: int) -> tuple[str, str, int]:
     """One event: its sentence, its worked equation, and the new total."""
-    limit, operand = (60, 19) if hard else (20, 9)
+    limit, operand = ((20, 9), (60, 19), (99, 49))[level]
     kinds = []
     if total < limit:
         kinds += ["gain"] * 2
@@ -35,19 +35,19 @@ def _step(rng: random.Random, name: str, total: int, hard: bool) -> tuple[str, s
     return f" {name} {rng.choice(_LOSS)} {amount}.", f"{total} - {amount} = {new}.", new
 
 
-def build(rng: random.Random, hard: bool) -> Example:
-    """A problem of 1-2 steps with small numbers, or (hard) 3-4 steps, larger, with a distractor."""
+def build(rng: random.Random, level: int) -> Example:
+    """A problem of 1-2, 3-4 or 4-5 steps; from level 1 on with a distractor half of the time."""
     name, other = rng.sample(NAMES, 2)
     thing, thing2 = rng.sample(_THINGS, 2)
-    steps = rng.randint(3, 4) if hard else rng.randint(1, 2)
-    total = rng.randint(10, 50) if hard else rng.randint(2, 20)
+    steps = rng.randint(*((1, 2), (3, 4), (4, 5))[level])
+    total = rng.randint(*((2, 20), (10, 50), (20, 90))[level])
     sentences = [f"{name} has {total} {thing}s."]
     worked: list[str] = []
     for _ in range(steps):
-        sentence, equation, total = _step(rng, name, total, hard)
+        sentence, equation, total = _step(rng, name, total, level)
         sentences.append(sentence)
         worked.append(equation)
-    if hard and rng.random() < 0.5:
+    if level and rng.random() < 0.5:
         # Somebody else's things must not be counted.
         place = rng.randint(1, len(sentences))
         sentences.insert(place, f" {other} has {rng.randint(2, 50)} {thing2}s.")

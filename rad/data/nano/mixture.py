@@ -23,7 +23,8 @@ SHARES: dict[str, float] = {
     "ruler_nano": 0.20,
     "text_nano": 0.08,
 }
-HARD_SHARE = 0.3
+HARD_SHARE = 0.3  # of the documents above the easy level,
+TOP_SHARE = 0.4  # and of those at the level of the `hard` split
 TRAIN_CONTEXT = 128
 PROMPT_WEIGHT = 0.1
 _RULER_SHARES = {"single": 0.2, "multikey": 0.4, "vt": 0.25, "cwe": 0.15}
@@ -33,19 +34,22 @@ def _document(
     rng: random.Random,
     shares: dict[str, float],
     hard_share: float,
+    top_share: float,
     crux_turns: int,
     trace_share: float | None,
     trace: str,
     length: ruler.Length,
 ) -> Example:
     family = rng.choices(list(shares), list(shares.values()))[0]
-    hard = rng.random() < hard_share
+    level = int(rng.random() < hard_share)
+    if level and top_share and rng.random() < top_share:
+        level = 2
     if family == gsm.FAMILY:
-        return gsm.build(rng, hard)
+        return gsm.build(rng, level)
     if family == crux.FAMILY:
-        return crux.build(rng, hard, crux_turns)
+        return crux.build(rng, level, crux_turns)
     if family == text.FAMILY:
-        return text.build(rng, hard)
+        return text.build(rng, level)
     parts = dict(_RULER_SHARES)
     if trace_share is not None:
         rest = sum(share for task, share in parts.items() if task != "vt")
@@ -56,7 +60,7 @@ def _document(
     # Every question that fits is asked, so that a context gives much retrieval signal.
     return ruler.build(
         rng,
-        hard,
+        level,
         length=length,
         task=task,
         tokens=tokens,
@@ -70,6 +74,7 @@ def training_documents(
     *,
     shares: dict[str, float] | None = None,
     hard_share: float = HARD_SHARE,
+    top_share: float = TOP_SHARE,
     crux_turns: int = 1,
     trace_share: float | None = None,
     trace: str = "path",
@@ -80,7 +85,9 @@ def training_documents(
     measure = token_length if length is None else length
     mix = SHARES if shares is None else shares
     while True:
-        example = _document(rng, mix, hard_share, crux_turns, trace_share, trace, measure)
+        example = _document(
+            rng, mix, hard_share, top_share, crux_turns, trace_share, trace, measure
+        )
         if split_of(example.prompt) == "train":
             yield example
 

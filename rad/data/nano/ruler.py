@@ -64,14 +64,14 @@ def _path(chain: int, names: list[str], links: int, values: list[str]) -> str:
     return "".join(f" {word}" for word in [*way, values[chain]])
 
 
-def _trace(rng: random.Random, hard: bool, tokens: int, trace: str) -> tuple[list[str], list[Turn]]:
+def _trace(rng: random.Random, level: int, tokens: int, trace: str) -> tuple[list[str], list[Turn]]:
     """Chains ` a red; b a; c b;`, interleaved, and what is asked of them.
 
     `path`: the last variable of each chain, answered by the way to its value (` b a red`);
     `end`: the value alone; `every`: the value alone, of every variable.
     """
-    links = rng.randint(3, 4) if hard else 2
-    chains = max(2, tokens // (32 if hard else 24))
+    links = rng.randint(*((2, 2), (3, 4), (5, 6))[level]) if level else 2
+    chains = max(2, tokens // (24, 32, 42)[level])
     chains = min(chains, (len(NOUNS) - 4) // links)
     names = rng.sample(NOUNS, chains * links)
     values = rng.sample(ADJECTIVES, chains)
@@ -112,7 +112,7 @@ def _common(rng: random.Random, hard: bool, size: int) -> tuple[list[str], str]:
 
 def build(
     rng: random.Random,
-    hard: bool,
+    level: int,
     *,
     length: Length,
     task: str = "multikey",
@@ -130,14 +130,14 @@ def build(
         # Every noun has the same length in tokens.
         each = length(" " + NOUNS[0])
         room = tokens - 2 - length("Count:") - length(" ask most") - each
-        words, winner = _common(rng, hard, room // each)
+        words, winner = _common(rng, level > 0, room // each)
         prompt = "Count:" + "".join(f" {word}" for word in words) + " ask most"
         return Example(FAMILY, prompt, f" {winner}", meta)
     header = "Trace:" if task == "vt" else "Look:"
     if task == "vt":
-        statements, asked = _trace(rng, hard, tokens, trace)
+        statements, asked = _trace(rng, level, tokens, trace)
     else:
-        statements, asked = _lookup(rng, task, hard, tokens)
+        statements, asked = _lookup(rng, task, level > 0, tokens)
     rng.shuffle(asked)
     used = 1 + length(header) + sum(length(s) for s in statements)
     kept: list[Turn] = []

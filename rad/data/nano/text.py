@@ -28,9 +28,9 @@ def sentence(rng: random.Random, nouns: Sequence[str] = NOUNS) -> str:
     return f" The {subject} was {adjective}."
 
 
-def build(rng: random.Random, hard: bool) -> Example:
+def build(rng: random.Random, level: int) -> Example:
     """A chain story: every sentence begins with what the one before ended with."""
-    cast = rng.sample(NOUNS, 7 if hard else 4)
+    cast = rng.sample(NOUNS, 7 if level else 4)
     colour = {noun: rng.choice(ADJECTIVES) for noun in cast}
     sentences = []
     for subject, other in itertools.pairwise(cast):

@@ -6,11 +6,21 @@ Every method that takes `wildcards` is an input or params function of a rule. Im
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from rad.study import Study
+
+
+def use_own_environment() -> None:
+    """Let jobs find the `rad` beside the running snakemake, also in an environment not activated."""
+    folder = str(Path(sys.executable).parent)
+    os.environ["PATH"] = os.pathsep.join([folder, os.environ["PATH"]])
+
 
 class Helpers:
     """The study seen from the workflow."""

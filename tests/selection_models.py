@@ -72,7 +72,8 @@ def write_corpus(folder: Path, rows: np.ndarray[Any, Any]) -> Path:
     """A corpus folder holding `rows` (rows, context), as `docs/contracts.md` has it."""
     folder.mkdir(parents=True, exist_ok=True)
     rows.astype("<u2").tofile(folder / "train.bin")
-    manifest = {"schema": 1, "context": rows.shape[1], "dtype": "uint16"}
+    splits = {"train": {"rows": len(rows)}}
+    manifest = {"schema": 1, "context": rows.shape[1], "dtype": "<u2", "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return folder
 

@@ -141,9 +141,10 @@ def _stage(
         loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
         now = time.perf_counter()
         job.seconds, clock = job.seconds + now - clock, now
-        progress.advance(f"loss {loss.item():.4f}")
+        tokens_done = tokens_before + (step + 1) * batches.tokens_per_batch
+        where = f"stage {index + 1} of {len(job.stages)}, {tokens_done} tokens"
+        progress.advance(f"{where}, loss {loss.item():.4f}")
         if step + 1 in points:
-            tokens_done = tokens_before + (step + 1) * batches.tokens_per_batch
             job.records.append(
                 _record(job, step + 1, tokens_done, index, loss_sum / loss_count, learning_rate)
             )

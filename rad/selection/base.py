@@ -6,7 +6,6 @@ they are called.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rad.data.corpus import Corpus
 from rad.placement import Budget, Cost, Placement
 from rad.settings import Settings
 
@@ -167,15 +167,10 @@ def calibration_rows(folder: Path, count: int, seed: int) -> NDArray[np.int64]:
 
     Raises `SelectionError` when the corpus is missing or has fewer rows.
     """
-    folder = Path(folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        context = int(manifest["context"])
-        dtype = np.dtype(str(manifest["dtype"])).newbyteorder("<")
-        tokens = np.memmap(folder / "train.bin", dtype=dtype, mode="r")
-    except (OSError, KeyError, ValueError) as error:
+        rows = Corpus(folder).rows("train")
+    except (KeyError, ValueError) as error:
         raise SelectionError(f"{folder}: not a corpus folder ({error})") from error
-    rows = tokens.reshape(-1, context)
     if count > len(rows):
         raise SelectionError(f"{folder}: {count} calibration rows asked, but it has {len(rows)}")
     chosen = np.sort(np.random.default_rng(seed).choice(len(rows), size=count, replace=False))

@@ -1,5 +1,3 @@
-import os
-import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -7,10 +5,9 @@ from snakemake.exceptions import WorkflowError
 from rad.preflight import check
 from rad.settings import SELECTOR_SETTINGS
 from rad.study import Study, StudyError
-from rad.workflow import Helpers
+from rad.workflow import Helpers, use_own_environment
 
-# `rad` of the environment that runs snakemake, also when that environment is not activated
-os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+use_own_environment()
 
 SELECTION_RULES = sorted(
     str(path) for path in Path(workflow.basedir, "workflow", "rules", "selection").glob("*.smk")

@@ -16,6 +16,7 @@ rule distil:
         "<logs>/distil/{run}.log",
     benchmark:
         "<results>/benchmarks/distil/{run}.jsonl"
+    priority: 5  # before evaluations, which then fill the idle core at the end
     threads: 1
     params:
         state=HELPERS.state,

@@ -10,17 +10,14 @@ rule model:
         "rad model --name {wildcards.model} --settings {params.settings:q} --output {output} 2> {log}"
 
 
-NANO = "results/nano_models"
-
-
 rule nano_models:
     input:
-        expand(NANO + "/{size}/model.safetensors", size=["base", "medium", "large"]),
+        expand("results/nano_models/{size}/model.safetensors", size=["base", "medium", "large"]),
 
 
 rule pretrain:
     output:
-        NANO + "/{size}/model.safetensors",
+        "results/nano_models/{size}/model.safetensors",
     log:
         "logs/nano_models/{size}.log",
     wildcard_constraints:

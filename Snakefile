@@ -5,7 +5,8 @@ min_version("9.20")
 
 if "name" not in config:
 
-    configfile: "config/nano.yaml"
+    # beside this file, also when results go elsewhere (--directory)
+    configfile: workflow.source_path("config/nano.yaml")
 
 
 include: "workflow/rules/common.smk"

@@ -17,7 +17,7 @@ from rad.study import Study
 
 
 def use_own_environment() -> None:
-    """Let jobs find the `rad` beside the running snakemake, also in an environment not activated."""
+    """Let jobs find the `rad` beside the running snakemake, activated environment or not."""
     folder = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([folder, os.environ["PATH"]])
 

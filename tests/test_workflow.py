@@ -160,9 +160,9 @@ def test_the_shrunk_default_study_runs_from_nothing_to_the_report(tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     results = tmp_path / "results" / "nano-smoke"
     page = (results / "report.html").read_text(encoding="utf-8")
-    for name in ("uniform", "rad", "kl_guided", "retrieval_aware", "medium", "large"):
+    for name in ("uniform", "rad", "kl_guided", "retrieval_aware", "large"):
         assert name in page
-    assert len(list((results / "runs").glob("*/evaluation.json"))) == 16
+    assert len(list((results / "runs").glob("*/evaluation.json"))) == 10
     assert not any((tmp_path / "state").rglob("*.safetensors"))
     again = _snakemake("--cores", "2", "--configfile", overlay, folder=tmp_path)
     assert "Nothing to be done" in again.stdout + again.stderr

@@ -176,7 +176,7 @@ def test_controlled_values_are_means_of_documents(results: Results) -> None:
         for record in table.records
         if (record["selector"], record["teacher"], record["family"]) == ("rad", "large", "ruler")
     )
-    run = "base-rad-f0.25-mamba2-qkvo-kl-large-s0"
+    run = "base-rad-f0.25-mamba2-aligned-kl-large-s0"
     other = run.replace("-rad-", "-uniform-")
     means = {
         name: np.mean(

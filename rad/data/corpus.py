@@ -149,7 +149,6 @@ def _packed_rows(
     Documents are shuffled by the seed; the held-out rows come first and the document that the last
     of them ends in is dropped, so that no document is on both sides.
     """
-    del held_out
     if settings.source == "text":
         documents = text_documents([Path(file) for file in settings.files])
         random.Random(settings.seed).shuffle(documents)
@@ -158,7 +157,7 @@ def _packed_rows(
         if settings.dataset is None:
             raise CorpusError("source `hub` needs the key `dataset`")
         stream = hub_documents(settings.dataset, settings.split, settings.column, settings.seed)
-    rows_left = -(-settings.held_out_tokens // settings.context)
+    rows_left = held_out
     pending: list[int] = []
     ones = np.ones(settings.context, dtype=np.float32)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id

@@ -67,7 +67,7 @@ def ssd_chunked(
     to_end = (decay[..., -1:] - decay).exp()  # (B,Z,H,Q)
     updates = (x * to_end.unsqueeze(-1)).transpose(-1, -2) @ b  # (B,Z,H,P,N)
     if state is None and chunks == 1:
-        # nothing enters the only chunk: half of the work, and the common case of short rows
+        # nothing enters the only chunk, the common case of short rows
         y = y.transpose(2, 3).reshape(batch, time + pad, heads, channels)
         return y[:, :time], updates.squeeze(1)
     carry = decay[..., -1].exp()[..., None, None]  # (B,Z,H,1,1)

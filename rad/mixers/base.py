@@ -8,6 +8,7 @@ layer, K kv heads, D head dim, M heads owned by the mixer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ class Geometry:
 QKV_BIAS_FAMILIES = ("qwen2", "rad_qwen2")  # the bias is fixed there, not a config key
 
 
-class Mixer(nn.Module):
+class Mixer(nn.Module, ABC):
     """Sequence mixer of the heads `owned` of one layer."""
 
     state_names: tuple[str, ...] = ()
@@ -63,6 +64,7 @@ class Mixer(nn.Module):
         self.owned = list(owned)
         self.settings = dict(settings)
 
+    @abstractmethod
     def forward(
         self,
         u: Tensor,
@@ -71,19 +73,21 @@ class Mixer(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, State]:
         """u (B,T,E), valid (B,T) bool or None, rope (cos, sin) -> outputs (B,T,M,D), new state."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_random(self, generator: torch.Generator) -> None:
         """Draw the weights that no attention weight stands for, reproducibly."""
-        raise NotImplementedError
 
+    @abstractmethod
     def init_from_attention(self, attention: nn.Module, variant: str) -> None:
         """Copy from an attention layer (q_proj, k_proj, v_proj); `variant`: `initialisations`."""
-        raise NotImplementedError
 
     def take_heads(self, full: Mixer) -> None:
-        """Copy the owned heads' weights from a mixer of the same kind that owns every head."""
-        raise NotImplementedError
+        """Copy the owned heads' weights from a mixer of the same kind that owns every head.
+
+        Only mixers that list `aligned` among their initialisations need it.
+        """
+        raise ValueError(f"{type(self).__name__} cannot start aligned")
 
 
 def head_rows(heads: Sequence[int], width: int) -> Tensor:

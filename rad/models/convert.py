@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from rad.mixers import MIXERS, Geometry, Mixer
 from rad.mixers.base import head_rows
@@ -109,25 +108,6 @@ def draw(mixer: Mixer, seed: int, layer: int) -> None:
     """Random start of one layer's mixer, a function of (seed, layer) only."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
     mixer.init_random(generator)
-
-
-def full_mixer(
-    config: Any,
-    settings: Mapping[str, Any],
-    attention: Any,
-    initialisation: str,
-    seed: int,
-    layer: int,
-) -> tuple[Mixer, nn.Linear]:
-    """A mixer that owns every head of `layer`, with a copy of the output projection (stage 1)."""
-    geometry = Geometry.of(config)
-    mixer = MIXERS[settings["type"]](geometry, range(geometry.heads), settings)
-    draw(mixer, seed, layer)
-    mixer.init_from_attention(attention, initialisation)
-    source = attention.o_proj
-    o_proj = nn.Linear(source.in_features, source.out_features, bias=source.bias is not None)
-    o_proj.load_state_dict(source.state_dict())
-    return mixer, o_proj
 
 
 def load_aligned(folder: Path, like: Mixer, layer: int) -> tuple[Mixer, torch.Tensor]:

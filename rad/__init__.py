@@ -21,9 +21,9 @@ def _wrap_auto_config(_module: Any) -> None:
 
 
 def _register_first(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any:
-    from rad.models.hybrid import register
+    from rad.models.families import register
 
-    register()
+    register(*args, **kwargs)
     return wrapped(*args, **kwargs)
 
 

@@ -6,18 +6,41 @@ in `config/README.md` are generated from these models (`rad schema`). No torch, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-Initialisation = Literal["qkvo", "zero", "gate_zero", "random", "aligned"]
+from rad.mixer_settings import (
+    MIXER_SETTINGS,
+    DiscreteMamba2Settings,
+    GatedDeltaNetSettings,
+    GLASettings,
+    Initialisation,
+    LonghornSettings,
+    Mamba2Settings,
+    MambaSettings,
+    MixerSettings,
+    Settings,
+    SkipSettings,
+    SlidingWindowSettings,
+)
+
+__all__ = [
+    "MIXER_SETTINGS",
+    "DiscreteMamba2Settings",
+    "GLASettings",
+    "GatedDeltaNetSettings",
+    "Initialisation",
+    "LonghornSettings",
+    "Mamba2Settings",
+    "MambaSettings",
+    "MixerSettings",
+    "Settings",
+    "SkipSettings",
+    "SlidingWindowSettings",
+]
+
 Trainable = Literal["all", "mixers"]
-
-
-class Settings(BaseModel):
-    """Base class: unknown keys are errors, values are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSettings(Settings):
@@ -46,40 +69,6 @@ class CorpusSettings(Settings):
         1.0, ge=0, le=1, description="loss weight of prompt tokens (answers and text weigh 1)"
     )
     seed: int = 0
-
-
-# --- mixers ---------------------------------------------------------------------------------
-
-
-class Mamba2Settings(Settings):
-    type: Literal["mamba2"] = "mamba2"
-    conv_size: int = Field(4, ge=1, description="width of the causal depthwise convolution")
-    conv_init: Literal["default", "identity"] = Field(
-        "default", description="`default`: random taps as in mamba-ssm; `identity`: pass through"
-    )
-    chunk: int = Field(64, ge=1, description="chunk length of the training form, in tokens")
-    a_range: tuple[float, float] = Field((1.0, 16.0), description="range of -A at random start")
-    dt_range: tuple[float, float] = Field((1e-3, 1e-1), description="range of the time step")
-    standardise: bool = Field(
-        True,
-        description="in a layer that keeps some heads: give the kept heads' output the mixer "
-        "heads' mean and deviation per token (retrieval-aware, A.2)",
-    )
-
-
-class SlidingWindowSettings(Settings):
-    type: Literal["sliding_window"] = "sliding_window"
-    window: int = Field(32, ge=1, description="latest tokens that stay visible")
-    sinks: int = Field(4, ge=0, description="first tokens that stay visible for ever")
-
-
-class SkipSettings(Settings):
-    type: Literal["skip"] = "skip"
-
-
-MixerSettings = Annotated[
-    Mamba2Settings | SlidingWindowSettings | SkipSettings, Field(discriminator="type")
-]
 
 
 # --- distillation ---------------------------------------------------------------------------

@@ -143,9 +143,11 @@ class Study(Settings):
                     need("models", name, f"{where}.teacher")
             if entry.initialisation == "aligned" and self.alignment is None:
                 raise ValueError(f"{where}.initialisation: aligned needs the key `alignment`")
-            if self.mixers[entry.mixer].type != "mamba2" and entry.initialisation != "qkvo":
+            starts = self.mixers[entry.mixer].starts
+            if entry.initialisation not in starts:
                 raise ValueError(
-                    f"{where}.initialisation: mixer {entry.mixer} starts from qkvo only"
+                    f"{where}.initialisation: mixer {entry.mixer} cannot start from "
+                    f"{entry.initialisation}; it accepts {_join(starts)}"
                 )
         return self
 

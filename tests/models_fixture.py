@@ -15,13 +15,19 @@ from transformers import (
 )
 
 from rad.placement import Placement
-from rad.settings import Mamba2Settings, SkipSettings, SlidingWindowSettings
+from rad.settings import MIXER_SETTINGS
 
 LAYERS, HEADS, KV_HEADS = 3, 4, 2
+_CHANGES: dict[str, dict[str, Any]] = {
+    "sliding_window": {"window": 5, "sinks": 2},
+    "skip": {},
+    "discrete_mamba2": {"chunk": 8, "state_size": 4},
+    "mamba": {"chunk": 8, "state_size": 4},
+    "longhorn": {"chunk": 8, "state_size": 4},
+}
 MIXERS: dict[str, dict[str, Any]] = {
-    "mamba2": Mamba2Settings(chunk=8).model_dump(),
-    "sliding_window": SlidingWindowSettings(window=5, sinks=2).model_dump(),
-    "skip": SkipSettings().model_dump(),
+    name: kind(**_CHANGES.get(name, {"chunk": 8})).model_dump()
+    for name, kind in MIXER_SETTINGS.items()
 }
 _SHAPE = {
     "vocab_size": 96,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rad.kernels import causal_conv, causal_conv_reference, ssd_chunked, ssd_recurrent
+from rad.kernels import causal_conv, causal_conv_reference
+from rad.kernels.ssd import ssd_chunked, ssd_recurrent
 
 
 def _inputs(time: int, with_state: bool) -> list[torch.Tensor | None]:

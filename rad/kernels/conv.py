@@ -36,3 +36,12 @@ def causal_conv(
     padded = torch.cat([state, x], dim=1)  # (B,W-1+T,E)
     y = F.conv1d(padded.transpose(1, 2), weight.unsqueeze(1), bias, groups=channels)
     return y.transpose(1, 2), padded[:, time:]
+
+
+def causal_conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step: x (B,E), weight (E,W), bias (E,), state (B,W-1,E) -> y (B,E), new state."""
+    window = torch.cat([state, x.unsqueeze(1)], dim=1)  # (B,W,E)
+    y = (window * weight.t()).sum(1)
+    return (y if bias is None else y + bias), window[:, 1:]

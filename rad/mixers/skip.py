@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from rad.mixer_settings import SkipSettings
 from rad.mixers.base import Mixer, State
 
 
 class Skip(Mixer):
     """Zero output, no parameters, no state."""
+
+    initialisations = SkipSettings.starts
 
     def forward(
         self,
@@ -27,3 +30,4 @@ class Skip(Mixer):
 
     def init_from_attention(self, attention: nn.Module, variant: str) -> None:
         """Nothing to copy."""
+        self.check_initialisation("skip", variant)

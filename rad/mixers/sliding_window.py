@@ -1,8 +1,9 @@
 """Sliding-window attention with attention sinks: softmax over the first S and the last W tokens.
 
-No training is needed: the weights are the base's own. The cache is bounded by S + W tokens, which
-makes it the baseline that every trained mixer has to beat. Keys keep their absolute RoPE phase.
-Legend: B batch, T time, E hidden size, M owned heads, K kv heads in use, D head dim.
+No training is needed: the weights are the base's own, and so is the attention module (RoPE, q/k
+norms, scaling). The cache is bounded by S + W tokens, which makes it the baseline that every
+trained mixer has to beat. Keys keep their absolute RoPE phase. Legend: B batch, T time, E hidden
+size, M owned heads, K kv slots, D head dim.
 """
 
 from __future__ import annotations
@@ -11,27 +12,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rad.mixers.base import Geometry, Mixer, State, head_rows, take_kv
+from rad.mixer_settings import SlidingWindowSettings
+from rad.mixers.attention import copy_heads
+from rad.mixers.base import Geometry, Mixer, State, StateSpec
 
 
 class SlidingWindow(Mixer):
     """Softmax attention of the owned heads over a bounded cache."""
 
     state_names = ("keys", "values", "ranks", "count")
-    initialisations = ("qkvo",)
+    initialisations = SlidingWindowSettings.starts
 
     def __init__(self, geometry: Geometry, owned: Sequence[int], settings: Mapping[str, Any]):
         super().__init__(geometry, owned, settings)
-        dim = geometry.head_dim
-        self.kv_owned = sorted({head // geometry.group for head in owned})
-        place = {kv: index for index, kv in enumerate(self.kv_owned)}
-        self.q_proj = nn.Linear(geometry.hidden_size, len(owned) * dim, bias=geometry.bias)
-        self.k_proj = nn.Linear(geometry.hidden_size, len(self.kv_owned) * dim, bias=geometry.bias)
-        self.v_proj = nn.Linear(geometry.hidden_size, len(self.kv_owned) * dim, bias=geometry.bias)
-        self.kv_of = [place[head // geometry.group] for head in owned]
+        if geometry.attention is None:
+            raise ValueError("sliding_window needs the base's attention class in its geometry")
+        self.window, self.sinks = int(settings["window"]), int(settings["sinks"])
+        attention: Any = geometry.attention(self.owned, True)
+        # masks of four dimensions: not every attention back end takes them
+        if attention.config._attn_implementation != "eager":
+            attention.config._attn_implementation = "sdpa"
+        self.attention = attention
 
     def forward(
         self,
@@ -44,13 +47,6 @@ class SlidingWindow(Mixer):
         if rope is None:
             raise ValueError("sliding_window needs the base's rotary embedding")
         batch, time, _ = u.shape
-        dim = self.geometry.head_dim
-
-        def project(layer: nn.Linear) -> Tensor:
-            return layer(u).view(batch, time, -1, dim).transpose(1, 2)  # type: ignore[no-any-return]
-
-        q, k = (_rotate(t, rope) for t in (project(self.q_proj), project(self.k_proj)))
-        v = project(self.v_proj)
         # a token's rank among the real tokens of its row; -1 marks padding
         count = u.new_zeros(batch, 1, dtype=torch.long) if state is None else state["count"]
         real = (
@@ -58,37 +54,31 @@ class SlidingWindow(Mixer):
         )
         ranks = torch.where(real, count + real.long().cumsum(1) - 1, -1)  # (B,T)
         new_count = count + real.long().sum(1, keepdim=True)
-        keys, values, key_ranks = k, v, ranks
-        if state is not None:
-            keys = torch.cat([state["keys"], k], dim=2)
-            values = torch.cat([state["values"], v], dim=2)
-            key_ranks = torch.cat([state["ranks"], ranks], dim=1)
+        key_ranks = ranks if state is None else torch.cat([state["ranks"], ranks], dim=1)
 
-        mask = self._visible(ranks, key_ranks)  # (B,T,T')
-        y = F.scaled_dot_product_attention(
-            q,
-            take_kv(keys, 1, self.kv_of),
-            take_kv(values, 1, self.kv_of),
-            attn_mask=mask.unsqueeze(1),
+        hidden = ~self._visible(ranks, key_ranks)  # (B,T,T')
+        mask = torch.zeros_like(hidden, dtype=u.dtype).masked_fill(hidden, torch.finfo(u.dtype).min)
+        memory = _Memory(state)
+        y, _ = self.attention(
+            hidden_states=u,
+            position_embeddings=rope,
+            attention_mask=mask.unsqueeze(1),
+            past_key_values=memory,
         )
-        new_state = self._bounded(keys, values, key_ranks, new_count)
-        return y.transpose(1, 2), new_state
+        new_state = self._bounded(memory.keys, memory.values, key_ranks, new_count)
+        return y.view(batch, time, len(self.owned), -1), new_state
 
     def _visible(self, query_ranks: Tensor, key_ranks: Tensor) -> Tensor:
         """(B,T), (B,T') -> (B,T,T'): causal, and either recent or a sink; padding sees itself."""
         q, k = query_ranks.unsqueeze(-1), key_ranks.unsqueeze(-2)
-        recent = q - k < int(self.settings["window"])
-        sink = k < int(self.settings["sinks"])
-        mask = (k >= 0) & (k <= q) & (recent | sink)
+        mask = (k >= 0) & (k <= q) & ((q - k < self.window) | (k < self.sinks))
         # a fully masked row would be NaN; a padded query's output is never read
         return mask | (q < 0)
 
     def _bounded(self, keys: Tensor, values: Tensor, ranks: Tensor, count: Tensor) -> State:
         """Keep what a later token can still see: the sinks and the last `window` real tokens."""
-        size = int(self.settings["sinks"]) + int(self.settings["window"])
-        useful = (ranks >= 0) & (
-            (ranks < int(self.settings["sinks"])) | (ranks >= count - int(self.settings["window"]))
-        )
+        size = self.sinks + self.window
+        useful = (ranks >= 0) & ((ranks < self.sinks) | (ranks >= count - self.window))
         # useful tokens first, in order; the rest of the slots are marked empty
         order = torch.argsort((~useful).long(), dim=1, stable=True)[:, :size]  # (B,S+W)
         kept_ranks = torch.where(useful, ranks, -1).gather(1, order)
@@ -100,30 +90,44 @@ class SlidingWindow(Mixer):
             "count": count,
         }
 
-    @torch.no_grad()
+    def state_spec(self, dtype: torch.dtype) -> StateSpec:
+        """Keys and values of S + W tokens, their ranks, and the tokens counted."""
+        size, slots = self.sinks + self.window, self.attention.config.num_key_value_heads
+        shape = (slots, size, self.geometry.head_dim)
+        return {
+            "keys": (shape, dtype),
+            "values": (shape, dtype),
+            "ranks": ((size,), torch.long),
+            "count": ((1,), torch.long),
+        }
+
+    def state_bytes(self, dtype: torch.dtype, tokens: int) -> int:
+        """Bytes of state per sequence after `tokens` tokens: it grows up to S + W tokens."""
+        full, size = super().state_bytes(dtype, tokens), self.sinks + self.window
+        counter = torch.long.itemsize
+        return (full - counter) // size * min(size, tokens) + counter
+
     def init_random(self, generator: torch.Generator) -> None:
         """Nothing to draw: every weight is the base's."""
 
-    @torch.no_grad()
     def init_from_attention(self, attention: nn.Module, variant: str) -> None:
         """Copy the owned heads' Q and their kv heads' K, V; only `qkvo` makes sense."""
-        if variant != "qkvo":
-            raise ValueError(f"sliding_window starts from 'qkvo' only, not {variant!r}")
-        dim = self.geometry.head_dim
-        for name, heads in (
-            ("q_proj", self.owned),
-            ("k_proj", self.kv_owned),
-            ("v_proj", self.kv_owned),
-        ):
-            source, target = getattr(attention, name), getattr(self, name)
-            rows = head_rows(heads, dim)
-            target.weight.copy_(source.weight[rows])
-            if target.bias is not None:
-                target.bias.copy_(source.bias[rows])
+        self.check_initialisation("sliding_window", variant)
+        copy_heads(attention, self.attention, self.owned, self.geometry, share_kv=True)
 
 
-def _rotate(t: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding in the half-split layout: t (B,M,T,D), cos and sin (B,T,D)."""
-    cos, sin = (part.unsqueeze(1).to(t.dtype) for part in rope)
-    first, second = t.chunk(2, dim=-1)
-    return t * cos + torch.cat([-second, first], dim=-1) * sin
+class _Memory:
+    """Hands the attention module earlier keys and values, and keeps what it computed."""
+
+    def __init__(self, state: State | None) -> None:
+        self.state = state
+        self.keys: Any = None
+        self.values: Any = None
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As transformers' caches: keys, values (B,K,T,D) -> with the past (B,K,T',D)."""
+        if self.state is not None:
+            keys = torch.cat([self.state["keys"], keys], dim=2)
+            values = torch.cat([self.state["values"], values], dim=2)
+        self.keys, self.values = keys, values
+        return keys, values

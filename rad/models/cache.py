@@ -9,15 +9,23 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DynamicCache,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache
 
 from rad.mixers import MIXERS, State
+
+
+def layer_types(config: Any) -> list[str]:
+    """transformers' name of every layer's kind: what its cache has to hold.
+
+    Not written into `config.layer_types`: some families (Qwen) look their attention masks up by it.
+    """
+    kinds = []
+    for kept in config.rad_heads:
+        if len(kept) == config.num_attention_heads:
+            kinds.append("full_attention")
+        else:
+            kinds.append("hybrid" if kept else "linear_attention")
+    return kinds
 
 
 class HybridCache(DynamicCache):
@@ -25,14 +33,10 @@ class HybridCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         names = MIXERS[config.rad_mixer["type"]].state_names if config.rad_mixer else ()
-        layers: list[Any] = []
-        for kept in config.rad_heads:
-            if len(kept) == config.num_attention_heads:
-                layers.append(DynamicLayer())
-            elif kept:
-                layers.append(LinearAttentionAndFullAttentionLayer(number_of_states=len(names)))
-            else:
-                layers.append(LinearAttentionLayer(number_of_states=len(names)))
+        layers = []
+        for kind in layer_types(config):
+            own = {} if kind == "full_attention" else {"number_of_states": len(names)}
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**own))
         Cache.__init__(self, layers=layers)
         self._names = names
         self._attention_free = not any(config.rad_heads)
@@ -60,18 +64,24 @@ class HybridCache(DynamicCache):
     def mixer_state(self, layer_idx: int) -> State | None:
         """The mixer's state of one layer, None before its first token."""
         layer: Any = self.layers[layer_idx]
-        if not self._names or not layer.has_previous_state[0]:
-            return None
-        return {name: layer.recurrent_states[i] for i, name in enumerate(self._names)}
+        held = {
+            name: layer.recurrent_states[index]
+            for index, name in enumerate(self._names)
+            if layer.has_previous_state[index]
+        }
+        return held or None
 
     def update_mixer_state(self, layer_idx: int, state: dict[str, Tensor]) -> None:
         """Replace the mixer's state of one layer."""
         layer: Any = self.layers[layer_idx]
-        for index, name in enumerate(self._names):
-            layer.recurrent_states[index] = state[name]
+        for name, tensor in state.items():
+            index = self._names.index(name)
+            # a slice would keep the whole sequence in memory as long as the cache lives
+            whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            layer.recurrent_states[index] = tensor if whole else tensor.clone()
             layer.is_recurrent_states_initialized[index] = True
             layer.has_previous_state[index] = True
-            layer.device = state[name].device
+            layer.device = tensor.device
 
     def reset(self) -> None:
         """Forget everything."""

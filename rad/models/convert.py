@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rad.mixers import MIXERS, Geometry, Mixer
+from rad.mixers import MIXERS, Mixer
+from rad.mixers.attention import geometry_of
 from rad.mixers.base import head_rows
-from rad.models.hybrid import FAMILIES, HybridAttention
+from rad.models.families import check_base, hybrid_classes
+from rad.models.hybrid import HybridAttention, HybridMixin
 from rad.placement import Placement
 
 
@@ -34,34 +36,28 @@ def convert(
     cannot start that way.
     """
     config = base.config
-    geometry = Geometry.of(config)
+    check_base(base)
+    geometry = geometry_of(config, base.model.layers[0].self_attn)
     shape = (config.num_hidden_layers, geometry.heads, geometry.kv_heads)
     if (placement.layers, placement.heads, placement.kv_heads) != shape:
         raise ValueError(
             f"the placement is for {placement.layers} layers x {placement.heads} heads "
             f"({placement.kv_heads} kv), the base has {shape[0]} x {shape[1]} ({shape[2]} kv)"
         )
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"cannot convert a {config.model_type!r} model; known families: {', '.join(FAMILIES)}"
-        )
-    kind = MIXERS[mixer["type"]]
-    if initialisation not in kind.initialisations:
-        raise ValueError(
-            f"mixer {mixer['type']} cannot start from {initialisation!r}; "
-            f"it accepts {', '.join(kind.initialisations)}"
-        )
+    MIXERS[mixer["type"]].check_initialisation(mixer["type"], initialisation)
     if initialisation == "aligned" and aligned is None:
         raise ValueError("initialisation 'aligned' needs the folder of a stage-1 alignment")
 
-    config_class, model_class = FAMILIES[config.model_type]
+    config_class, model_class = hybrid_classes(config.model_type)
     fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
     fields |= {
         "architectures": [model_class.__name__],
         "rad_heads": [placement.kept_heads(layer) for layer in range(placement.layers)],
         "rad_mixer": {key: value for key, value in mixer.items() if key != "name"},
     }
-    hybrid = model_class(config_class(**fields)).to(base.dtype)
+    # not .to(dtype), which would round the rotary frequencies too
+    hybrid = model_class._from_config(config_class(**fields), dtype=base.dtype)
+    _keep_precision(hybrid)
     hybrid.config._attn_implementation = config._attn_implementation
     copied = {
         name: tensor
@@ -88,10 +84,11 @@ def _is_converted(name: str, placement: Placement) -> bool:
 def _initialise(
     new: HybridAttention, old: Any, initialisation: str, seed: int, layer: int, aligned: Path | None
 ) -> None:
-    if new.softmax is not None:
-        new.softmax.init_from_attention(old)
+    new.copy_softmax(old)
     new.o_proj.load_state_dict(old.o_proj.state_dict())
-    draw(new.mixer, seed, layer)
+    generator = draw(new.mixer, seed, layer)
+    if new.parallel:
+        _draw_adapter(new.adapter, generator)
     if initialisation != "aligned":
         new.mixer.init_from_attention(old, initialisation)
         return
@@ -104,10 +101,26 @@ def _initialise(
         new.o_proj.weight[:, columns] = o_weight[:, columns].to(new.o_proj.weight.dtype)
 
 
-def draw(mixer: Mixer, seed: int, layer: int) -> None:
+def _keep_precision(hybrid: Any) -> None:
+    """Decays and time steps stay in float32, as they do when the hybrid is loaded."""
+    for name, parameter in hybrid.named_parameters():
+        if name.rpartition(".")[2] in HybridMixin._keep_in_fp32_modules_strict:
+            parameter.data = parameter.data.float()
+
+
+def draw(mixer: Mixer, seed: int, layer: int) -> torch.Generator:
     """Random start of one layer's mixer, a function of (seed, layer) only."""
     generator = torch.Generator().manual_seed(1_000_003 * seed + layer)
     mixer.init_random(generator)
+    return generator
+
+
+@torch.no_grad()
+def _draw_adapter(adapter: torch.nn.Linear, generator: torch.Generator) -> None:
+    """Random, as in the published code: the default of torch, but drawn from our generator."""
+    bound = adapter.in_features**-0.5
+    adapter.weight.uniform_(-bound, bound, generator=generator)
+    adapter.bias.uniform_(-bound, bound, generator=generator)
 
 
 def load_aligned(folder: Path, like: Mixer, layer: int) -> tuple[Mixer, torch.Tensor]:

@@ -10,106 +10,45 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
-from rad.mixers import MIXERS, Geometry
-from rad.mixers.base import head_rows
+from rad.mixers import MIXERS
+from rad.mixers.attention import attention_heads, copy_heads, geometry_of
 from rad.models.cache import HybridCache
 
 
-class SoftmaxHeads(nn.Module):
-    """The kept query heads of a layer, each with keys and values of its own.
-
-    Grouped keys and values are expanded by whole heads (retrieval-aware distillation, section 4.2).
-    """
-
-    def __init__(self, config: Any, layer_idx: int, kept: list[int]) -> None:
-        super().__init__()
-        self.config, self.layer_idx, self.kept = config, layer_idx, kept
-        self.geometry = Geometry.of(config)
-        width, bias = len(kept) * self.geometry.head_dim, self.geometry.bias
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.scaling = self.geometry.head_dim**-0.5
-        self.num_key_value_groups = 1
-        self.is_causal = True
-        if config.model_type == "rad_qwen3":
-            from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
-            self.q_norm = Qwen3RMSNorm(self.geometry.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = Qwen3RMSNorm(self.geometry.head_dim, eps=config.rms_norm_eps)
-
-    def forward(
-        self, u: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: Any, **kwargs: Any
-    ) -> Tensor:
-        """u (B,T,E) -> (B,T,kept,D)."""
-        shape = (*u.shape[:-1], len(self.kept), self.geometry.head_dim)
-        q, k, v = (project(u).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B,kept,T,D)
-        q, k = apply_rotary_pos_emb(q, k, *rope)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        out, _ = attend(self, q, k, v, mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return out  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def init_from_attention(self, attention: Any) -> None:
-        """Copy the kept heads' Q, and for each its kv head's K and V."""
-        dim, group = self.geometry.head_dim, self.geometry.group
-        shared = [head // group for head in self.kept]
-        for name, heads in (("q_proj", self.kept), ("k_proj", shared), ("v_proj", shared)):
-            source, target, rows = (
-                getattr(attention, name),
-                getattr(self, name),
-                head_rows(heads, dim),
-            )
-            target.weight.copy_(source.weight[rows])
-            if target.bias is not None:
-                target.bias.copy_(source.bias[rows])
-        for name in ("q_norm", "k_norm"):
-            if hasattr(self, name):
-                getattr(self, name).load_state_dict(getattr(attention, name).state_dict())
-
-
 class HybridAttention(nn.Module):
-    """Kept softmax heads and mixer heads side by side under one output projection.
+    """Mixer heads and, in a layer that keeps some, softmax heads; one of two forms.
 
-    Slot-wise form (retrieval-aware distillation, section 4.2): every head keeps its slot of the
-    output projection, whoever fills it.
+    `slots` (retrieval-aware distillation, section 4.2): every head keeps its slot of the one output
+    projection, whoever fills it; the mixer owns the heads that are not kept.
+    `parallel` (its published code): the mixer owns all heads and has the output projection to
+    itself; the kept heads have their own; s and a are the two outputs (B,T,E):
+    out = (s + adapter(standardise(a, s))) / 2.
     """
 
-    def __init__(self, config: Any, layer_idx: int, kept: list[int]) -> None:
+    def __init__(self, config: Any, attention: nn.Module, kept: list[int]) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
-        geometry = Geometry.of(config)
-        self.geometry = geometry
-        owned = [head for head in range(geometry.heads) if head not in set(kept)]
+        self.config = config
+        self.geometry = geometry = geometry_of(config, attention)
+        self.layer_idx = int(attention.layer_idx)  # type: ignore[arg-type]
+        self.kept = list(kept)
         settings = config.rad_mixer
+        self.parallel = bool(kept) and settings.get("form") == "parallel"
+        others = [head for head in range(geometry.heads) if head not in set(kept)]
+        owned = list(range(geometry.heads)) if self.parallel else others
         self.mixer = MIXERS[settings["type"]](geometry, owned, settings)
-        self.softmax = SoftmaxHeads(config, layer_idx, kept) if kept else None
         self.standardise = bool(kept) and bool(settings.get("standardise", False))
         # slots are stored [kept | owned]; this brings them back to head order
-        self.slot_order = [(kept + owned).index(head) for head in range(geometry.heads)]
-        self.o_proj = nn.Linear(
-            geometry.heads * geometry.head_dim,
-            config.hidden_size,
-            bias=bool(getattr(config, "attention_bias", False)),
-        )
+        self.slot_order = [(kept + others).index(head) for head in range(geometry.heads)]
+        old: Any = attention.o_proj
+        self.o_proj = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+        self.softmax: Any = None
+        if kept:
+            self.softmax = attention_heads(
+                type(attention), config, self.layer_idx, kept, False, keep_output=self.parallel
+            )
+        if self.parallel:
+            self.adapter = nn.Linear(old.out_features, old.out_features)
 
     def forward(
         self,
@@ -125,32 +64,50 @@ class HybridAttention(nn.Module):
         y, state = self.mixer(hidden_states, state, padding_mask, position_embeddings)
         if past_key_values is not None:
             past_key_values.update_mixer_state(self.layer_idx, state)
+        if self.softmax is None:
+            return self.o_proj(y.flatten(2)), None
+        self.softmax.config._attn_implementation = self.config._attn_implementation
+        a, _ = self.softmax(
+            hidden_states=hidden_states,
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )  # (B,T,kept*D) in slots, (B,T,E) in parallel
+        if self.parallel:
+            s = self.o_proj(y.flatten(2))
+            a = standardise(a, s) if self.standardise else a
+            return (s + self.adapter(a)) / 2, None
+        y = y.flatten(2)  # (B,T,owned*D)
+        if self.standardise:
+            a = standardise(a, y)
+        y = torch.cat([a.to(y.dtype), y], dim=2)  # (B,T,H*D) in slot order
+        if self.slot_order != list(range(self.geometry.heads)):
+            y = y.unflatten(2, (self.geometry.heads, -1))[:, :, self.slot_order].flatten(2)
+        return self.o_proj(y), None
+
+    @torch.no_grad()
+    def copy_softmax(self, attention: nn.Module) -> None:
+        """Copy the kept heads' weights from the base's attention; a mixer starts on its own."""
         if self.softmax is not None:
-            a = self.softmax(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
-            )
-            if self.standardise:
-                a = standardise(a, y)
-            y = torch.cat([a.to(y.dtype), y], dim=2)  # (B,T,H,D) in slot order
-            if self.slot_order != list(range(self.geometry.heads)):
-                y = y[:, :, self.slot_order]
-        out: Tensor = self.o_proj(y.flatten(2))
-        return out, None
+            copy_heads(attention, self.softmax, self.kept, self.geometry, share_kv=False)
 
 
 def standardise(a: Tensor, y: Tensor, eps: float = 1e-5) -> Tensor:
-    """Give `a` (B,T,kept,D) the mean and deviation of `y` (B,T,owned,D), per token.
+    """Give `a` (B,T,F) the mean and deviation of `y` (B,T,G) per token, over the last dimension.
 
-    Retrieval-aware distillation, A.2: unbiased deviation, no parameters.
+    Retrieval-aware distillation, A.2: unbiased deviation, no parameters, no detach.
     """
-    a_std, a_mean = torch.std_mean(a, dim=(2, 3), keepdim=True)
-    y_std, y_mean = torch.std_mean(y, dim=(2, 3), keepdim=True)
+    a_std, a_mean = torch.std_mean(a, dim=-1, keepdim=True)
+    y_std, y_mean = torch.std_mean(y, dim=-1, keepdim=True)
     return (a - a_mean) / (a_std + eps) * (y_std + eps) + y_mean
 
 
 class HybridMixin:
     """What a family's hybrid adds to the library's model: surgery, padding, cache."""
 
+    # decays and time steps lose their meaning in half precision (design, section 5)
+    _keep_in_fp32_modules_strict = frozenset({"A_log", "dt_bias", "D"})
     config: Any
     model: Any
 
@@ -161,9 +118,9 @@ class HybridMixin:
                 f"config.rad_heads has {len(config.rad_heads)} entries for "
                 f"{config.num_hidden_layers} layers"
             )
-        for index, kept in enumerate(config.rad_heads):
+        for layer, kept in zip(self.model.layers, config.rad_heads, strict=True):
             if len(kept) < config.num_attention_heads:
-                self.model.layers[index].self_attn = HybridAttention(config, index, list(kept))
+                layer.self_attn = HybridAttention(config, layer.self_attn, list(kept))
 
     def forward(
         self,
@@ -192,8 +149,10 @@ class HybridMixin:
                     "a hybrid needs the 2-D attention mask (batch, tokens): its mixers cannot read "
                     f"padding from a {attention_mask.dim()}-D one"
                 )
-            latest = attention_mask[:, -time:].bool()
-            padding = None if bool(latest.all()) else latest
+            padding = attention_mask[:, -time:].bool()
+            # reading the values would break the graph when the model is being compiled
+            if not torch.compiler.is_compiling() and bool(padding.all()):
+                padding = None
         output = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -209,68 +168,15 @@ class HybridMixin:
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: Any, *args: Any
     ) -> Any:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise ValueError(
+                f"a hybrid generates with its own cache, not cache_implementation={kind!r}; leave "
+                "that option out"
+            )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = HybridCache(self.config)
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
-
-
-class LlamaHybridConfig(LlamaConfig):
-    """Llama plus `rad_heads` (kept query heads per layer) and `rad_mixer` (mixer settings)."""
-
-    model_type = "rad_llama"
-    rad_heads: list[Any] | None = None
-    rad_mixer: dict[str, Any] | None = None
-
-
-class Qwen2HybridConfig(Qwen2Config):
-    """Qwen2 / Qwen2.5 plus `rad_heads` and `rad_mixer`."""
-
-    model_type = "rad_qwen2"
-    rad_heads: list[Any] | None = None
-    rad_mixer: dict[str, Any] | None = None
-
-
-class Qwen3HybridConfig(Qwen3Config):
-    """Qwen3 plus `rad_heads` and `rad_mixer`."""
-
-    model_type = "rad_qwen3"
-    rad_heads: list[Any] | None = None
-    rad_mixer: dict[str, Any] | None = None
-
-
-class LlamaHybridForCausalLM(HybridMixin, LlamaForCausalLM):
-    """Llama-family hybrid."""
-
-    config_class = LlamaHybridConfig
-
-
-class Qwen2HybridForCausalLM(HybridMixin, Qwen2ForCausalLM):
-    """Qwen2-family hybrid."""
-
-    config_class = Qwen2HybridConfig
-
-
-class Qwen3HybridForCausalLM(HybridMixin, Qwen3ForCausalLM):
-    """Qwen3-family hybrid."""
-
-    config_class = Qwen3HybridConfig
-
-
-# base model_type -> (hybrid config, hybrid model)
-FAMILIES: dict[str, tuple[type[Any], type[Any]]] = {
-    "llama": (LlamaHybridConfig, LlamaHybridForCausalLM),
-    "qwen2": (Qwen2HybridConfig, Qwen2HybridForCausalLM),
-    "qwen3": (Qwen3HybridConfig, Qwen3HybridForCausalLM),
-}
-
-
-def register() -> None:
-    """Make the hybrids known to `AutoConfig` and `AutoModelForCausalLM`; safe to call twice."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    for config_class, model_class in FAMILIES.values():
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)

@@ -109,9 +109,6 @@ def load(source: str, *, revision: str | None = None, dtype: str = "float32") ->
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rad.models.hybrid import register
-
-    register()
     model = AutoModelForCausalLM.from_pretrained(
         str(resolve(source)), revision=revision, dtype=getattr(torch, dtype)
     )

@@ -21,49 +21,67 @@ class BudgetError(ValueError):
     """A budget cannot be met by the model it is asked of."""
 
 
+_BUDGET_KEYS = {"l": "layers", "h": "heads", "f": "fraction", "b": "kv_bytes_per_token"}
+
+
 class Budget(BaseModel):
-    """How much attention stays; exactly one of `layers`, `heads`, `fraction` is given."""
+    """How much attention stays; exactly one of the four keys is given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: int | None = Field(None, ge=0, description="whole layers that stay softmax attention")
     heads: int | None = Field(None, ge=0, description="query heads that stay, over all layers")
     fraction: float | None = Field(None, ge=0, le=1, description="share of (layer, head) pairs")
+    kv_bytes_per_token: int | None = Field(
+        None, ge=0, description="most bytes of keys and values cached per token, over all layers"
+    )
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Budget:
-        given = [
-            name for name in ("layers", "heads", "fraction") if getattr(self, name) is not None
-        ]
+        given = [name for name in _BUDGET_KEYS.values() if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a budget names exactly one of layers, heads, fraction; got {given or 'none'}"
+                f"a budget names exactly one of {', '.join(_BUDGET_KEYS.values())}; "
+                f"got {given or 'none'}"
             )
         return self
 
     @property
     def slug(self) -> str:
-        """A short name for file paths: `l2`, `h8` or `f0.25`."""
-        if self.layers is not None:
-            return f"l{self.layers}"
-        if self.heads is not None:
-            return f"h{self.heads}"
-        return f"f{self.fraction:g}"
+        """A short name for file paths: `l2`, `h8`, `f0.25` or `b1024`."""
+        letter, value = next(
+            (letter, value)
+            for letter, name in _BUDGET_KEYS.items()
+            if (value := getattr(self, name)) is not None
+        )
+        return f"{letter}{value:g}" if letter == "f" else f"{letter}{value}"
 
     @classmethod
     def parse(cls, slug: str) -> Budget:
-        """Inverse of `slug`; raises `BudgetError` on anything else."""
+        """Inverse of `slug`, or the long form `layers:2`; raises `BudgetError` on others."""
         try:
-            if slug[0] == "f":
-                return cls(fraction=float(slug[1:]))
-            return cls(**{{"l": "layers", "h": "heads"}[slug[0]]: int(slug[1:])})
+            name, colon, text = slug.partition(":")
+            if not colon:
+                name, text = _BUDGET_KEYS[slug[0]], slug[1:]
+            if name not in _BUDGET_KEYS.values():
+                raise KeyError(name)
+            return cls.model_validate({name: float(text) if name == "fraction" else int(text)})
         except (KeyError, IndexError, ValueError) as error:
             raise BudgetError(
-                f"budget {slug!r}: expected l<layers>, h<heads> or f<fraction>, as l2, h8, f0.25"
+                f"budget {slug!r}: expected layers:2, heads:8, fraction:0.25 or "
+                "kv_bytes_per_token:1024 (short: l2, h8, f0.25, b1024)"
             ) from error
 
-    def layer_count(self, layers: int, heads: int) -> int:
-        """Whole layers that meet this budget exactly; raises `BudgetError` when none do."""
+    def layer_count(self, layers: int, heads: int, kv_bytes_per_layer: int | None = None) -> int:
+        """Whole layers that meet this budget exactly, or the most that fit a budget in bytes.
+
+        `kv_bytes_per_layer`: bytes that a whole softmax layer caches per token. Raises
+        `BudgetError` when no whole number of layers does.
+        """
+        if self.kv_bytes_per_token is not None:
+            if not kv_bytes_per_layer:
+                raise BudgetError(f"budget {self.slug}: the base's bytes per layer are not known")
+            return min(layers, self.kv_bytes_per_token // kv_bytes_per_layer)
         kept = self.head_count(layers, heads)
         if kept % heads:
             raise BudgetError(
@@ -73,8 +91,13 @@ class Budget(BaseModel):
         return kept // heads
 
     def head_count(self, layers: int, heads: int) -> int:
-        """Query heads that meet this budget exactly; raises `BudgetError` when out of range."""
+        """Query heads that meet this budget exactly; raises `BudgetError` when out of range.
+
+        A budget in bytes has no such number: it depends on which heads stay.
+        """
         total = layers * heads
+        if self.kv_bytes_per_token is not None:
+            raise BudgetError(f"budget {self.slug} does not say how many heads stay")
         if self.layers is not None:
             kept: float = self.layers * heads
         elif self.heads is not None:
@@ -103,6 +126,18 @@ class Cost(BaseModel):
     tokens: int = Field(0, ge=0, description="tokens that went through any model")
     seconds: float = Field(0.0, ge=0, description="wall time of the selection")
     forward_passes: int = Field(0, ge=0, description="model calls (batches)")
+    trained_tokens: int = Field(0, ge=0, description="tokens among them that were trained on")
+    flops: float = Field(0.0, ge=0, description="2 per weight and token, 6 when trained on")
+
+
+class Footprint(BaseModel):
+    """What the kept attention costs when the hybrid runs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    heads: int = Field(ge=0, description="query heads that stay")
+    kv_heads: int = Field(ge=0, description="key/value heads cached, over all layers")
+    kv_bytes_per_token: int = Field(ge=0, description="bytes of keys and values cached per token")
 
 
 class Scores(BaseModel):
@@ -131,6 +166,7 @@ class Placement(BaseModel):
     parameters: dict[str, Any] = Field(default_factory=dict)
     scores: Scores | None = None
     cost: Cost = Field(default_factory=Cost)
+    footprint: Footprint | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -189,7 +225,23 @@ class Placement(BaseModel):
         return len(self.softmax) / (self.layers * self.heads)
 
     def check_budget(self, budget: Budget) -> None:
-        """Raise `BudgetError` when this placement keeps more or fewer heads than `budget`."""
+        """Raise `BudgetError` when this placement keeps more or fewer heads than `budget`.
+
+        A budget in bytes is a limit: it needs the footprint, which selectors write.
+        """
+        if budget.kv_bytes_per_token is not None:
+            if self.footprint is None:
+                raise BudgetError(
+                    f"placement of selector {self.selector} has no footprint, so budget "
+                    f"{budget.slug} cannot be checked"
+                )
+            if self.footprint.kv_bytes_per_token > budget.kv_bytes_per_token:
+                raise BudgetError(
+                    f"placement of selector {self.selector} caches "
+                    f"{self.footprint.kv_bytes_per_token} bytes per token, budget {budget.slug} "
+                    f"allows {budget.kv_bytes_per_token}"
+                )
+            return
         want = budget.head_count(self.layers, self.heads)
         if len(self.softmax) != want:
             raise BudgetError(

@@ -53,7 +53,7 @@ def test_malformed_budgets_are_refused(fields: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("slug", ["", "x3", "l", "lx", "f2.0x"])
 def test_malformed_slugs_are_refused(slug: str) -> None:
-    with pytest.raises(BudgetError, match="expected l<layers>"):
+    with pytest.raises(BudgetError, match="expected layers:2"):
         Budget.parse(slug)
 
 

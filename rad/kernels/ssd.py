@@ -100,51 +100,216 @@ def ssd_chunked(
     return y[:, :time], last.view(batch, heads, channels, size)
 
 
-class _Plan:
-    """What forward and backward share: the order of work and the decays; x (B,T,G,R,P), T = Z Q."""
+class _Decays:
+    """Decays within chunks, log_a (B,T,G,R), T = Z Q; each a list over the chunks."""
 
-    def __init__(self, x: Tensor, log_a: Tensor, length: int) -> None:
-        batch, time, groups, share, channels = x.shape
-        self.batch, self.groups, self.length, self.chunks = batch, groups, length, time // length
-        self.heads = groups * share
-        per_row = self.heads * length * max(length, channels)
-        fitting = max(1, _CACHED_ELEMENTS // per_row)
-        self.block = min(batch, fitting) if x.device.type == "cpu" else batch
-        self.floor = decay_floor(x.dtype)
-        steps = log_a.reshape(batch, self.chunks, length, groups, share).cumsum(2)
-        steps = steps.permute(0, 1, 3, 2, 4)  # (B,Z,G,Q,R)
+    def __init__(self, log_a: Tensor, length: int) -> None:
+        batch, _, groups, share = log_a.shape
+        self.floor = decay_floor(log_a.dtype)
+        steps = log_a.reshape(batch, -1, length, groups, share).cumsum(2)
+        steps = steps.permute(1, 0, 3, 2, 4)  # (Z,B,G,Q,R)
         last = steps[..., -1:, :]
-        self.decay = steps.transpose(-1, -2).contiguous()  # (B,Z,G,R,Q)
-        self.from_start = steps.clamp(min=self.floor).exp_().unsqueeze(-1)  # (B,Z,G,Q,R,1)
-        self.to_end = (last - steps).clamp_(min=self.floor).exp_().unsqueeze(-1)
-        self.carry = last.clamp(min=self.floor).exp_().view(batch, self.chunks, -1)  # (B,Z,H)
+        held = steps.clamp(min=self.floor).exp_().unsqueeze(-1)
+        self.from_start = held.unbind(0)  # (B,G,Q,R,1)
+        self.to_end = (last - steps).clamp_(min=self.floor).exp_().unsqueeze(-1).unbind(0)
+        self.carry = held[..., -1:, :, :].reshape(-1, batch * groups * share, 1, 1).unbind(0)
+        by_head = steps.transpose(-1, -2).reshape(-1, batch * groups * share, length)
+        self._rows = by_head.unsqueeze(-1).unbind(0)  # (B H,Q,1)
+        self._columns = by_head.unsqueeze(-2).unbind(0)
 
-    def items(self, reverse: bool = False) -> Iterator[tuple[slice, slice, int]]:
-        """Rows of the batch, the same rows in an axis of rows times groups, chunk."""
-        for first in range(0, self.batch, self.block):
-            rows = slice(first, min(first + self.block, self.batch))
-            flat = slice(rows.start * self.groups, rows.stop * self.groups)
-            order = range(self.chunks)
-            for z in reversed(order) if reverse else order:
-                yield rows, flat, z
-
-    def segment(self, rows: slice, z: int, out: Tensor) -> Tensor:
-        """exp(d_i - d_j) on and below the diagonal, zero above, into `out` (I H,Q,Q)."""
-        decay = self.decay[rows, z].flatten(0, 2)  # (I H,Q)
-        torch.sub(decay.unsqueeze(-1), decay.unsqueeze(-2), out=out)
+    def segment(self, z: int, out: Tensor) -> Tensor:
+        """exp(d_i - d_j) on and below the diagonal, zero above, into `out` (B H,Q,Q)."""
+        torch.sub(self._rows[z], self._columns[z], out=out)
         # zero before exp, where the upper triangle would overflow; again after it, as the mask
         return out.tril_().clamp_(min=self.floor).exp_().tril_()
 
-    def carried(self, rows: slice, z: int) -> Tensor:
-        """The decay of the state over chunk z: (I H,1,1)."""
-        return self.carry[rows, z].reshape(-1, 1, 1)
 
-    def part(self, t: Tensor, rows: slice, z: int) -> Tensor:
-        """Steps of chunk z of t (B,T,G,R,P): (I,G,Q,R,P)."""
-        return t[rows, z * self.length : (z + 1) * self.length].transpose(1, 2)
+def _wide(t: Tensor, length: int) -> tuple[Tensor, ...]:
+    """Views of t (B,T,G,R,P), one per chunk: (B,G,Q,R,P)."""
+    return t.unflatten(1, (-1, length)).transpose(2, 3).unbind(1)
 
-    def steps(self, z: int) -> slice:
-        return slice(z * self.length, (z + 1) * self.length)
+
+def _by_head(t: Tensor, length: int) -> Tensor:
+    """t (B,T,G,R,P) -> (Z,B G R,Q,P), a view where B = 1."""
+    split = t.unflatten(1, (-1, length)).permute(1, 0, 3, 4, 2, 5)  # (Z,B,G,R,Q,P)
+    return split.reshape(split.shape[0], -1, length, t.shape[-1])
+
+
+def _by_group(t: Tensor, length: int) -> Tensor:
+    """t (B,T,G,N) -> (Z,B G,Q,N)."""
+    split = t.unflatten(1, (-1, length)).permute(1, 0, 3, 2, 4)  # (Z,B,G,Q,N)
+    return split.reshape(split.shape[0], -1, length, t.shape[-1])
+
+
+def _rows_per_block(x: Tensor, length: int) -> int:
+    """Rows of the batch to work on at a time: as many as the cache has room for."""
+    batch, _, groups, share, channels = x.shape
+    fitting = _CACHED_ELEMENTS // (groups * share * length * max(length, channels))
+    return max(1, min(batch, fitting)) if x.device.type == "cpu" else batch
+
+
+def _forward(
+    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, states: Tensor, y: Tensor, stateful: bool
+) -> None:
+    """Fill y (B,T,G,R,P) and states (Z+1,B G,R P,N), of which the first is given."""
+    batch, time, groups, share, channels = x.shape
+    chunks = states.shape[0] - 1
+    length = time // chunks
+    decays = _Decays(log_a, length)
+    keys, queries = _by_group(b, length), _by_group(c, length)
+    scores = x.new_empty(batch * groups, length, length)
+    weights = x.new_empty(batch * groups * share, length, length)
+    weights_grouped = weights.view(batch * groups, share, length, length)
+    within = x.new_empty(batch * groups * share, length, channels)
+    within_wide = within.view(batch, groups, share, length, channels).transpose(2, 3)
+    wide = x.new_empty(batch, groups, length, share, channels)
+    flat = wide.view(batch * groups, length, -1)
+    for z, (x_z, x_h, k, k_t, q, y_z, before, before_t, after) in enumerate(
+        zip(
+            _wide(x, length),
+            _by_head(x, length).unbind(0),
+            keys.unbind(0),
+            keys.transpose(-1, -2).unbind(0),
+            queries.unbind(0),
+            _wide(y, length),
+            states[:-1].unbind(0),
+            states[:-1].transpose(-1, -2).unbind(0),
+            states[1:].unbind(0),
+            strict=True,
+        )
+    ):
+        torch.bmm(q, k_t, out=scores)
+        decays.segment(z, weights)
+        weights_grouped.mul_(scores.unsqueeze(1))
+        torch.bmm(weights, x_h, out=within)
+        if stateful or z:
+            torch.bmm(q, before_t, out=flat)
+            torch.addcmul(within_wide, wide, decays.from_start[z], out=y_z)
+        else:
+            y_z.copy_(within_wide)
+        torch.mul(x_z, decays.to_end[z], out=wide)
+        torch.bmm(flat.transpose(1, 2), k, out=after)
+        if stateful or z:
+            per_head = (-1, channels, b.shape[-1])
+            after.view(per_head).addcmul_(before.view(per_head), decays.carry[z])
+
+
+def _backward(
+    x: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    states: Tensor,
+    grad_y: Tensor,
+    grad_state: Tensor | None,
+    stateful: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, log_a, b, c and the first state; grad_state (B G,R P,N) is overwritten."""
+    batch, time, groups, share, channels = x.shape
+    size = b.shape[-1]
+    chunks = states.shape[0] - 1
+    length = time // chunks
+    heads = batch * groups * share
+    decays = _Decays(log_a, length)
+    keys, queries = _by_group(b, length), _by_group(c, length)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grad_k, grad_q = torch.empty_like(keys), torch.empty_like(queries)
+    # what the decays within the chunk, from its start, to its end and over all of it receive
+    grad_within = x.new_empty(chunks, heads, length)
+    grad_start = x.new_zeros(chunks, batch, groups, length, share)
+    grad_end = torch.zeros_like(grad_start)
+    grad_carry = x.new_zeros(chunks, heads)
+    scores = x.new_empty(batch * groups, length, length)
+    weights, grad_w, product = (x.new_empty(heads, length, length) for _ in range(3))
+    weights_grouped, grad_w_grouped = (
+        t.view(batch * groups, share, length, length) for t in (weights, grad_w)
+    )
+    product_grouped = product.view(grad_w_grouped.shape)
+    inner = x.new_empty(heads, length, channels)
+    inner_wide = inner.view(batch, groups, share, length, channels).transpose(2, 3)
+    wide, other = (x.new_empty(batch, groups, length, share, channels) for _ in range(2))
+    flat, other_flat = wide.view(batch * groups, length, -1), other.view(batch * groups, length, -1)
+    leaving = grad_state is not None
+    if grad_state is None:
+        grad_state = torch.empty_like(states[0])
+    grad_state_t = grad_state.transpose(1, 2)
+    per_head = grad_state.view(heads, channels, size)
+    product_state = torch.empty_like(per_head)
+    for z, (x_z, x_t, gx, gy_z, gy, k, k_t, q, gk, gq, before, before_t) in reversed(
+        list(
+            enumerate(
+                zip(
+                    _wide(x, length),
+                    _by_head(x, length).transpose(-1, -2).unbind(0),
+                    _wide(grad_x, length),
+                    _wide(grad_y, length),
+                    _by_head(grad_y, length).unbind(0),
+                    keys.unbind(0),
+                    keys.transpose(-1, -2).unbind(0),
+                    queries.unbind(0),
+                    grad_k.unbind(0),
+                    grad_q.unbind(0),
+                    states[:-1].unbind(0),
+                    states[:-1].transpose(-1, -2).unbind(0),
+                    strict=True,
+                )
+            )
+        )
+    ):
+        # within the chunk: y_i = sum_j scores_ij segment_ij x_j
+        torch.bmm(q, k_t, out=scores)
+        decays.segment(z, weights)
+        torch.bmm(gy, x_t, out=grad_w)
+        grad_w.mul_(weights)
+        torch.mul(grad_w_grouped, scores.unsqueeze(1), out=product_grouped)
+        product.tril_(-1)  # d_i - d_i has no gradient
+        torch.sub(product.sum(2), product.sum(1), out=grad_within[z])
+        grad_scores = grad_w if share == 1 else grad_w_grouped.sum(1)
+        torch.bmm(grad_scores, k, out=gq)
+        torch.bmm(grad_scores.transpose(1, 2), q, out=gk)
+        weights_grouped.mul_(scores.unsqueeze(1))
+        torch.bmm(weights.transpose(1, 2), gy, out=inner)
+
+        # the state that leaves: S' = carry S + sum_j to_end_j x_j k_j^T
+        if leaving:
+            torch.bmm(k, grad_state_t, out=flat)
+            wide.mul_(decays.to_end[z])
+            torch.add(inner_wide, wide, out=gx)
+            torch.sum(wide.mul_(x_z), -1, out=grad_end[z])
+            torch.mul(x_z, decays.to_end[z], out=wide)
+            gk.baddbmm_(flat, grad_state)
+        else:
+            gx.copy_(inner_wide)
+        if not (z or stateful):
+            continue
+
+        # the state that enters: y_i += from_start_i S q_i
+        torch.mul(gy_z, decays.from_start[z], out=wide)
+        gq.baddbmm_(flat, before)
+        torch.bmm(q, before_t, out=other_flat)
+        torch.sum(other.mul_(wide), -1, out=grad_start[z])
+        if leaving:
+            per_head.mul_(decays.carry[z])
+            torch.mul(per_head, before.view(per_head.shape), out=product_state)
+            torch.sum(product_state, (1, 2), out=grad_carry[z])
+            grad_state.baddbmm_(flat.transpose(1, 2), q)
+        else:
+            torch.bmm(flat.transpose(1, 2), q, out=grad_state)
+            leaving = True
+
+    # log_a_t is in every decay that spans it: d_i - d_j with j < t <= i, the start's with i >= t,
+    # the end's with j < t
+    split = (chunks, batch, groups, share, length)
+    until = grad_within.view(split).transpose(-1, -2) + grad_start
+    total = until.flip(3).cumsum(3).flip(3) + (grad_end.cumsum(3) - grad_end)
+    total += grad_carry.view(split[:-1]).unsqueeze(3)  # (Z,B,G,Q,R)
+
+    def steps(t: Tensor) -> Tensor:
+        """(Z,B G,Q,.) or (Z,B,G,Q,.) -> (B,T,G,.)."""
+        t = t.reshape(chunks, batch, groups, length, -1).permute(1, 0, 3, 2, 4)
+        return t.reshape(batch, time, groups, -1)
+
+    return grad_x, steps(total), steps(grad_k), steps(grad_q), grad_state
 
 
 class _ChunkedSSD(torch.autograd.Function):
@@ -160,151 +325,48 @@ class _ChunkedSSD(torch.autograd.Function):
         state: Tensor | None,
         length: int,
     ) -> tuple[Tensor, Tensor]:
-        batch, _, groups, share, channels = x.shape
-        size = b.shape[-1]
-        plan = _Plan(x, log_a, length)
-        keys, queries = (t.transpose(1, 2).flatten(0, 1) for t in (b, c))  # (B G,T,N)
+        batch, time, groups, share, channels = x.shape
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         # the state that enters each chunk, and the last
-        states = x.new_empty(plan.chunks + 1, batch * groups, share * channels, size)
+        shape = (time // length + 1, batch * groups, share * channels, b.shape[-1])
+        states = x.new_empty(shape)
         if state is None:
             states[0].zero_()
         else:
             states[0].copy_(state.flatten(0, 1))
-        most = plan.block
-        weights_ = x.new_empty(most * plan.heads, length, length)
-        scores_ = x.new_empty(most * groups, length, length)
-        within_ = x.new_empty(most * plan.heads, length, channels)
-        wide_ = x.new_empty(most, groups, length, share, channels)
-        for rows, flat, z in plan.items():
-            count = rows.stop - rows.start
-            steps = plan.steps(z)
-            x_z = plan.part(x, rows, z)
-            k_z, q_z = keys[flat, steps], queries[flat, steps]
-            weights, within, wide = (
-                weights_[: count * plan.heads],
-                within_[: count * plan.heads],
-                wide_[:count],
-            )
-            scores = torch.bmm(q_z, k_z.transpose(1, 2), out=scores_[: count * groups])
-            plan.segment(rows, z, weights)
-            weights.view(count * groups, share, length, length).mul_(scores.unsqueeze(1))
-            torch.bmm(weights, _by_head(x_z), out=within)
-            inner = within.view(count, groups, share, length, channels).transpose(2, 3)
-            if z or state is not None:
-                flat_wide = wide.view(count * groups, length, -1)
-                torch.bmm(q_z, states[z, flat].transpose(1, 2), out=flat_wide)
-                torch.addcmul(inner, wide, plan.from_start[rows, z], out=plan.part(y, rows, z))
-            else:
-                plan.part(y, rows, z).copy_(inner)
-            torch.mul(x_z, plan.to_end[rows, z], out=wide)
-            update = states[z + 1, flat]
-            torch.bmm(wide.view(count * groups, length, -1).transpose(1, 2), k_z, out=update)
-            if z or state is not None:
-                per_head = update.view(count * plan.heads, channels, size)
-                per_head.addcmul_(states[z, flat].view(per_head.shape), plan.carried(rows, z))
+        ctx.block = _rows_per_block(x, length)
+        for rows, flat in _blocks(batch, groups, ctx.block):
+            parts = (t[rows] for t in (x, log_a, b, c))
+            _forward(*parts, states[:, flat], y[rows], stateful=state is not None)
         ctx.save_for_backward(x, log_a, b, c, states)
-        ctx.length, ctx.has_state = length, state is not None
+        ctx.stateful = state is not None
         ctx.set_materialize_grads(False)
-        return y, states[-1].view(batch, groups, -1, size).clone()
+        return y, states[-1].view(batch, groups, -1, shape[-1]).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, log_a, b, c, states = ctx.saved_tensors
         grad_y, grad_last = grads
-        batch, time, groups, share, channels = x.shape
-        size, length = b.shape[-1], ctx.length
+        batch, _, groups = x.shape[:3]
         if grad_y is None:
             grad_y = torch.zeros_like(x)
-        plan = _Plan(x, log_a, length)
-        keys, queries = (t.transpose(1, 2).flatten(0, 1) for t in (b, c))  # (B G,T,N)
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grad_k, grad_q = torch.empty_like(keys), torch.empty_like(queries)
-        # of the cumulated decays, and what every step of a chunk adds to
-        grad_d = x.new_empty(batch, plan.chunks, groups, length, share)
-        grad_end = x.new_zeros(batch, plan.chunks, groups, 1, share)
-        most = plan.block
-        segment_, grad_w_ = (x.new_empty(most * plan.heads, length, length) for _ in range(2))
-        scores_, grad_s_ = (x.new_empty(most * groups, length, length) for _ in range(2))
-        inner_ = x.new_empty(most * plan.heads, length, channels)
-        wide_, other_ = (x.new_empty(most, groups, length, share, channels) for _ in range(2))
-        grad_state_ = x.new_empty(batch * groups, share * channels, size)
-        product_ = x.new_empty(most * plan.heads, channels, size)
-        known = grad_last is not None
         if grad_last is not None:
-            grad_state_.copy_(grad_last.flatten(0, 1))
-        for rows, flat, z in plan.items(reverse=True):
-            count = rows.stop - rows.start
-            heads, steps = count * plan.heads, plan.steps(z)
-            entered = z > 0 or ctx.has_state
-            leaves = z < plan.chunks - 1 or known
-            x_z, gy_z = plan.part(x, rows, z), plan.part(grad_y, rows, z)
-            k_z, q_z = keys[flat, steps], queries[flat, steps]
-            gk_z, gq_z = grad_k[flat, steps], grad_q[flat, steps]
-            segment, grad_w, inner = segment_[:heads], grad_w_[:heads], inner_[:heads]
-            wide, other = wide_[:count], other_[:count]
-            flat_wide = wide.view(count * groups, length, -1)
-            scores, grad_s = scores_[: count * groups], grad_s_[: count * groups]
-            grad_state = grad_state_[flat]
-            shared = (count * groups, share, length, length)
-
-            # within the chunk: y_i = sum_j scores_ij segment_ij x_j
-            torch.bmm(q_z, k_z.transpose(1, 2), out=scores)
-            plan.segment(rows, z, segment)
-            gy_h = _by_head(gy_z)
-            torch.bmm(gy_h, _by_head(x_z).transpose(1, 2), out=grad_w)
-            grad_w.mul_(segment)
-            torch.sum(grad_w.view(shared), 1, out=grad_s)
-            torch.bmm(grad_s, k_z, out=gq_z)
-            torch.bmm(grad_s.transpose(1, 2), q_z, out=gk_z)
-            grad_w.view(shared).mul_(scores.unsqueeze(1))
-            grad_w.diagonal(dim1=-2, dim2=-1).zero_()  # d_i - d_i has no gradient
-            change = (grad_w.sum(2) - grad_w.sum(1)).view(count, groups, share, length)
-            gd_z = grad_d[rows, z].copy_(change.transpose(2, 3))
-            segment.view(shared).mul_(scores.unsqueeze(1))
-            torch.bmm(segment.transpose(1, 2), gy_h, out=inner)
-            gx = inner.view(count, groups, share, length, channels).transpose(2, 3)
-
-            # the state that leaves: S' = carry S + sum_j to_end_j x_j k_j^T
-            if leaves:
-                torch.bmm(k_z, grad_state.transpose(1, 2), out=flat_wide)
-                wide.mul_(plan.to_end[rows, z])
-                torch.add(gx, wide, out=plan.part(grad_x, rows, z))
-                ends = wide.mul_(x_z).sum(-1)  # (I,G,Q,R)
-                gd_z.sub_(ends)
-                grad_end[rows, z] = ends.sum(2, keepdim=True)
-                torch.mul(x_z, plan.to_end[rows, z], out=wide)
-                gk_z.baddbmm_(flat_wide, grad_state)
-            else:
-                plan.part(grad_x, rows, z).copy_(gx)
-            if not entered:
-                continue
-
-            # the state that enters: y_i += from_start_i S q_i
-            before = states[z, flat]
-            torch.mul(gy_z, plan.from_start[rows, z], out=wide)
-            gq_z.baddbmm_(flat_wide, before)
-            torch.bmm(q_z, before.transpose(1, 2), out=other.view(flat_wide.shape))
-            gd_z.add_(other.mul_(wide).sum(-1))
-            if not leaves:
-                torch.bmm(flat_wide.transpose(1, 2), q_z, out=grad_state)
-                continue
-            per_head = grad_state.view(heads, channels, size)
-            per_head.mul_(plan.carried(rows, z))
-            product = torch.mul(per_head, before.view(per_head.shape), out=product_[:heads])
-            grad_end[rows, z] += product.sum((1, 2)).view(count, groups, 1, share)
-            grad_state.baddbmm_(flat_wide.transpose(1, 2), q_z)
-        # d is the cumulated log_a of its chunk
-        grad_d = grad_d.flip(3).cumsum(3).flip(3).add_(grad_end)
-        grad_log_a = grad_d.transpose(2, 3).reshape(log_a.shape)
-        grad_b, grad_c = (
-            t.view(batch, groups, time, size).transpose(1, 2) for t in (grad_k, grad_q)
+            grad_last = grad_last.reshape(states[0].shape).clone()
+        results = []
+        for rows, flat in _blocks(batch, groups, ctx.block):
+            parts = (t[rows] for t in (x, log_a, b, c))
+            last = None if grad_last is None else grad_last[flat]
+            results.append(_backward(*parts, states[:, flat], grad_y[rows], last, ctx.stateful))
+        *inputs, state = (
+            parts[0] if len(parts) == 1 else torch.cat(parts)
+            for parts in zip(*results, strict=True)
         )
-        grad_s0 = grad_state_.view(batch, groups, -1, size) if ctx.has_state else None
-        return grad_x, grad_log_a, grad_b, grad_c, grad_s0, None
+        first = state.view(batch, groups, *state.shape[1:]) if ctx.stateful else None
+        return *inputs, first, None
 
 
-def _by_head(t: Tensor) -> Tensor:
-    """(I,G,Q,R,P) -> (I G R,Q,P), a view for one row."""
-    count, groups, length, share, channels = t.shape
-    return t.transpose(2, 3).reshape(count * groups * share, length, channels)
+def _blocks(batch: int, groups: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Blocks of rows, and the same in an axis of rows times groups."""
+    for start in range(0, batch, size):
+        stop = min(start + size, batch)
+        yield slice(start, stop), slice(start * groups, stop * groups)

@@ -7,7 +7,7 @@ they are called.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rad.data.corpus import Corpus
-from rad.placement import Budget, Cost, Placement
+from rad.placement import Budget, Cost, Footprint, Placement
 from rad.settings import Settings
 
 Selector = Callable[["SelectionContext"], Placement]
@@ -25,9 +25,21 @@ Selector = Callable[["SelectionContext"], Placement]
 # method -> module:function. A selector outside the package is a workflow rule, not an entry here.
 SELECTORS: dict[str, str] = {
     "uniform": "rad.selection.uniform:select",
+    "random": "rad.selection.random:select",
     "rad": "rad.selection.rad:select",
     "kl_guided": "rad.selection.kl_guided:select",
     "retrieval_aware": "rad.selection.retrieval_aware:select",
+    "smart": "rad.selection.smart:select",
+    "halo": "rad.selection.halo:select",
+    "ar": "rad.selection.recall_ablation:select",
+    "ar_mh": "rad.selection.recall_ablation:select",
+    "vt": "rad.selection.recall_ablation:select",
+    "cwe": "rad.selection.recall_ablation:select",
+    "lm_ppl": "rad.selection.lm_ppl:select",
+    "activation_mse": "rad.selection.activation_mse:select",
+    "leave_one_out": "rad.selection.leave_one_out:select",
+    "flash_morph": "rad.selection.flash_morph:select",
+    "preset": "rad.selection.preset:select",
 }
 
 
@@ -40,21 +52,34 @@ class CostMeter:
 
     def __init__(self) -> None:
         self.tokens = 0.0
+        self.trained = 0.0
+        self.flops = 0.0
         self.forward_passes = 0
         self._start = time.perf_counter()
 
-    def add(self, tokens: float, passes: int = 1) -> None:
+    def add(
+        self, tokens: float, passes: int = 1, *, weights: int = 0, trained: bool = False
+    ) -> None:
         """Count `passes` model calls over `tokens` tokens in all.
 
-        A call that runs a share of the layers counts that share of its tokens.
+        A call that runs a share of the layers counts that share of its tokens. `weights` of the
+        model that ran turn tokens into FLOPs: 2 each forward, 6 with the backward pass.
         """
         self.tokens += tokens
         self.forward_passes += passes
+        self.trained += tokens if trained else 0
+        self.flops += (6 if trained else 2) * weights * tokens
 
     def cost(self) -> Cost:
         """The record that goes into the placement."""
         seconds = time.perf_counter() - self._start
-        return Cost(tokens=round(self.tokens), seconds=seconds, forward_passes=self.forward_passes)
+        return Cost(
+            tokens=round(self.tokens),
+            seconds=seconds,
+            forward_passes=self.forward_passes,
+            trained_tokens=round(self.trained),
+            flops=self.flops,
+        )
 
 
 def _silent(message: str) -> None:
@@ -82,6 +107,8 @@ class SelectionContext:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     resources: Mapping[str, Any] = field(default_factory=dict)  # inputs of one selector only
     meter: CostMeter = field(default_factory=CostMeter)
+    # bytes that one key/value head caches per token: 2 x head dim x bytes of the dtype
+    kv_head_bytes: int | None = None
 
     @classmethod
     def for_model(
@@ -97,7 +124,7 @@ class SelectionContext:
             budget=budget,
             settings=settings,
             model=model,
-            **fields,
+            **{"kv_head_bytes": head_bytes(config, model.dtype.itemsize), **fields},
         )
 
     def need_model(self) -> Any:
@@ -130,6 +157,13 @@ class SelectionContext:
             cost=self.meter.cost(),
             provenance={**self.provenance, **fields.pop("provenance", {})},
         )
+        if self.kv_head_bytes is not None:
+            cached = found.cached_kv_heads()
+            found.footprint = Footprint(
+                heads=len(found.softmax),
+                kv_heads=cached,
+                kv_bytes_per_token=cached * self.kv_head_bytes,
+            )
         if fields:
             raise TypeError(f"unknown fields {sorted(fields)}")
         found.check_budget(self.budget)
@@ -140,8 +174,75 @@ class SelectionContext:
         pairs = [(layer, head) for layer in kept for head in range(self.heads)]
         return self.placement(pairs, **fields)
 
+    def layer_count(self) -> int:
+        """Whole layers that the budget keeps; raises `BudgetError` when no whole number does."""
+        whole = None if self.kv_head_bytes is None else self.kv_heads * self.kv_head_bytes
+        return self.budget.layer_count(self.layers, self.heads, whole)
+
+    def best_layers(self, scores: Sequence[float], higher_is_kept: bool = True) -> list[int]:
+        """The layers that the budget keeps by their scores, best first; ties: the earlier layer.
+
+        Raises `SelectionError` when a score is no finite number.
+        """
+        order = ranked(scores, higher_is_kept, self._method())
+        return order[: self.layer_count()]
+
+    def best_heads(
+        self, scores: Sequence[Sequence[float]], higher_is_kept: bool = True
+    ) -> list[tuple[int, int]]:
+        """The (layer, head) pairs that the budget keeps, best first; ties: the earlier pair.
+
+        Under a budget in bytes, the longest prefix of the ranking whose cache fits. Raises
+        `SelectionError` when a score is no finite number.
+        """
+        flat = [value for row in scores for value in row]
+        pairs = [
+            divmod(index, self.heads) for index in ranked(flat, higher_is_kept, self._method())
+        ]
+        if self.budget.kv_bytes_per_token is None:
+            return pairs[: self.budget.head_count(self.layers, self.heads)]
+        if self.kv_head_bytes is None:
+            raise SelectionError(f"selector {self._method()}: bytes per key/value head not known")
+        limit = self.budget.kv_bytes_per_token // self.kv_head_bytes
+        for count in range(len(pairs), 0, -1):
+            kept = self._bare(pairs[:count])
+            if kept.cached_kv_heads() <= limit:
+                return pairs[:count]
+        return []
+
+    def _bare(self, softmax: list[tuple[int, int]]) -> Placement:
+        return Placement(
+            schema=1,
+            base=self.base,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            softmax=softmax,
+            selector=self._method(),
+        )
+
     def _method(self) -> str:
         return str(getattr(self.settings, "method", "?"))
+
+
+def head_bytes(config: Any, itemsize: int) -> int:
+    """Bytes of keys and values that one kv head of a model caches per token."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(width) * itemsize
+
+
+def ranked(scores: Sequence[float], higher_is_kept: bool, method: str) -> list[int]:
+    """Indices from the best score to the worst, ties by index; raises `SelectionError` on NaN."""
+    values = np.asarray(scores, dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        raise SelectionError(
+            f"selector {method}: score {int(bad[0])} of {len(values)} is {values[bad[0]]}, not a "
+            "finite number"
+        )
+    return [
+        int(index) for index in np.argsort(-values if higher_is_kept else values, kind="stable")
+    ]
 
 
 def load_selector(method: str) -> Selector:

@@ -36,7 +36,7 @@ def select(context: SelectionContext) -> Placement:
     """
     settings = context.settings
     assert isinstance(settings, KLGuidedSettings)
-    kept = context.budget.layer_count(context.layers, context.heads)
+    kept = context.layer_count()
     base = context.need_model()
     base.requires_grad_(False)
     corpus = Corpus(context.need_corpus())

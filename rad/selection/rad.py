@@ -31,7 +31,7 @@ def select(context: SelectionContext) -> Placement:
     """
     settings = context.settings
     assert isinstance(settings, RadSettings)
-    kept = context.budget.layer_count(context.layers, context.heads)
+    kept = context.layer_count()
     measure, statistics = _measures(context, settings)
 
     found = search(

@@ -40,5 +40,5 @@ def select(context: SelectionContext) -> Placement:
     """Evenly spaced whole layers; raises `BudgetError` when the budget is not whole layers."""
     settings = context.settings
     assert isinstance(settings, UniformSettings)
-    kept = context.budget.layer_count(context.layers, context.heads)
+    kept = context.layer_count()
     return context.layer_placement(uniform_layers(context.layers, kept, settings.offset))

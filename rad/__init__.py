@@ -27,4 +27,13 @@ def _register_first(wrapped: Any, _instance: Any, args: Any, kwargs: Any) -> Any
     return wrapped(*args, **kwargs)
 
 
+def __getattr__(name: str) -> Any:
+    # `rad.convert(...)` without importing torch for `import rad`
+    if name == "convert":
+        from rad.models.store import convert_files
+
+        return convert_files
+    raise AttributeError(f"module 'rad' has no attribute {name!r}")
+
+
 wrapt.register_post_import_hook(_wrap_auto_config, "transformers.models.auto.configuration_auto")

@@ -147,6 +147,55 @@ def select(args: argparse.Namespace) -> None:
     run(context).save(args.output)
 
 
+def convert(args: argparse.Namespace) -> None:
+    """Convert a base under a placement, without training."""
+    from rad.models.store import convert_to_folder
+
+    print(
+        convert_to_folder(
+            args.base,
+            args.placement,
+            args.out,
+            mixer=args.mixer,
+            initialisation=args.initialisation,
+            settings=args.mixer_settings,
+            seed=args.seed,
+            aligned=args.aligned,
+            revision=args.revision,
+            dtype=args.dtype,
+        )
+    )
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """Show what every layer of a checkpoint is, and check its tensors."""
+    from rad.models.store import inspect as look
+
+    print(look(args.folder))
+
+
+def export(args: argparse.Namespace) -> None:
+    """Write a layer-wise mamba2 hybrid as GraniteMoeHybrid, for other engines."""
+    from rad.models import sources
+    from rad.models.export import export as run
+
+    hybrid = sources.load(str(args.folder), dtype=args.dtype)
+    tokenizer = sources.load_tokenizer(str(args.folder))
+    print(json.dumps(run(hybrid, args.out, tokenizer), indent=2))
+
+
+def kernels(args: argparse.Namespace) -> None:
+    """Compare the kernels that a checkpoint would use here with the plain recurrence."""
+    from rad.kernels.selftest import require
+    from rad.models import sources
+    from rad.models.kernel_check import kernel_records
+
+    model = sources.load(str(args.folder), dtype=args.dtype).to(args.device)
+    records = kernel_records(model)
+    print(json.dumps(records, indent=2))
+    require(records)
+
+
 def distil(args: argparse.Namespace) -> None:
     """Convert the base under a placement and distil it."""
     from rad.distillation.run import distil as run
@@ -227,6 +276,12 @@ _OPTIONAL: dict[str, Any] = {"type": Path, "default": None}
 _JSON: dict[str, Any] = {"type": _json, "required": True}
 _CONFIG: Argument = ("config", {"type": Path, "nargs": "+", "help": "YAML files, merged in order"})
 
+_FOLDER: Argument = ("folder", {"type": Path, "help": "checkpoint folder"})
+_DTYPE: Argument = (
+    "--dtype",
+    {"choices": ["float32", "bfloat16"], "default": "float32", "help": "of the weights"},
+)
+
 VERBS: dict[str, tuple[Callable[[argparse.Namespace], None], list[Argument]]] = {
     "plan": (plan, [_CONFIG]),
     "check": (check, [_CONFIG]),
@@ -274,6 +329,24 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], None], list[Argument]]] = 
             ("--output", _PATH),
         ],
     ),
+    "convert": (
+        convert,
+        [
+            ("--base", {"required": True, "help": "folder, hub id or nano:base|medium|large"}),
+            ("--placement", _PATH),
+            ("--mixer", {"default": "mamba2", "help": "its name"}),
+            ("--mixer-settings", {"type": _json, "default": None, "help": "its settings, as JSON"}),
+            ("--initialisation", {"default": "qkvo", "help": "how the mixers start"}),
+            ("--aligned", {**_OPTIONAL, "help": "folder of a stage-1 alignment"}),
+            ("--seed", {"type": int, "default": 0}),
+            ("--revision", {"default": None, "help": "hub revision of the base"}),
+            _DTYPE,
+            ("--out", {**_PATH, "help": "checkpoint folder to write; must not hold anything"}),
+        ],
+    ),
+    "inspect": (inspect, [_FOLDER]),
+    "export": (export, [_FOLDER, _DTYPE, ("--out", _PATH)]),
+    "kernels": (kernels, [_FOLDER, _DTYPE, ("--device", {"default": "cpu"})]),
     "distil": (
         distil,
         [

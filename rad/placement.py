@@ -7,14 +7,13 @@ selection method. This module imports neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from rad.files import write_json
+from rad.files import read_json, write_json
 
 
 class BudgetError(ValueError):
@@ -261,9 +260,7 @@ class Placement(BaseModel):
     def load(cls, path: Path) -> Placement:
         """Read and check a `placement.json`; raises `ValueError` naming the file and the fault."""
         try:
-            return cls.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from error
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             raise ValueError(f"{path}: {first_error(error)}") from error
 

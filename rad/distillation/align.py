@@ -18,8 +18,10 @@ from rad.distillation import state as states
 from rad.distillation.batches import slice_of
 from rad.distillation.run import save_aligned, versions
 from rad.files import digest, write_json
+from rad.kernels.selftest import require
 from rad.models import sources
 from rad.models.convert import convert
+from rad.models.kernel_check import kernel_records
 from rad.placement import Placement
 from rad.settings import AlignmentSettings, StageSettings
 
@@ -63,6 +65,8 @@ def align(
         "settings": settings.model_dump(mode="json"),
         "corpus": data.manifest["settings_sha256"],
     }
+    kernels = kernel_records(student)
+    require(kernels)
     before = layer_errors(base, student, data)
     job = loop.Job(
         student=student,
@@ -86,6 +90,7 @@ def align(
             "held_out_error_after": layer_errors(base, student, data),
             "cost": {"tokens": records[-1]["tokens"], "seconds": job.seconds},
             "losses": [record["train_loss"] for record in records],
+            "kernels": kernels,
             "versions": versions(),
         },
     )

@@ -15,8 +15,10 @@ from rad.distillation import loop
 from rad.distillation import state as states
 from rad.distillation.measure import HeldOut, Probe
 from rad.files import replacing, write_json, write_text
+from rad.kernels.selftest import require
 from rad.models import sources
 from rad.models.convert import convert
+from rad.models.kernel_check import kernel_records
 from rad.placement import Budget, Placement
 from rad.settings import RecipeSettings
 from rad.study import training_digest
@@ -72,6 +74,10 @@ def distil(
     teacher = base if self_taught else _load(spec["teacher"])
     for model in (base, teacher):
         model.requires_grad_(False)
+    kernels = []
+    if recipe.stages:
+        kernels = kernel_records(student)
+        require(kernels)  # a wrong gradient trains without complaint
     data = Corpus(corpus)
     held_out = HeldOut(data, base, teacher, probe=probe(tokenizer) if probe else None)
     job = loop.Job(
@@ -108,6 +114,7 @@ def distil(
             "resumed": job.resumed,
             "threads": torch.get_num_threads(),
             "spec_sha256": training_digest(spec),
+            "kernels": kernels,
             "versions": versions(),
         },
     )

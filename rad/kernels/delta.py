@@ -1,6 +1,6 @@
 """Gated delta rule: a linear recurrence that erases what a key held before it writes anew.
 
-    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T      a_t in (0, 1] one scalar per head
+    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T      a_t in (0, 1], a scalar per head
     y_t = S_t q_t
 
 Yang, Kautz & Hatamizadeh 2024 (arXiv 2412.06464); the chunked form solves the unit lower triangular
@@ -14,6 +14,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from rad.kernels.chunks import chunk_length, decay_floor, segment_of
+from rad.kernels.delta_cached import CachedGatedDelta
 
 
 def gated_delta_step(
@@ -52,45 +55,57 @@ def gated_delta_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Equal to `gated_delta_recurrent` in values, gradients and final state.
 
-    Shapes as there. T need not be a multiple of `chunk`.
+    Shapes as there. T need not be a multiple of `chunk`, the greatest chunk length.
     """
-    batch, time, heads, channels = v.shape
-    length = min(chunk, time)
-    pad = -time % length
+    time = v.shape[1]
+    length, pad = chunk_length(time, chunk)
     if pad:
         # a padded step with beta = 0 and log a = 0 leaves the state as it is
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, k, v))
         log_a, beta = F.pad(log_a, (0, 0, 0, pad)), F.pad(beta, (0, 0, 0, pad))
-    chunks = (time + pad) // length
+    if v.device.type == "cpu" and not torch.compiler.is_compiling():
+        y, state = CachedGatedDelta.apply(q, k, v, log_a, beta, state, length)
+    else:
+        y, state = gated_delta_batched(q, k, v, log_a, beta, state, length)
+    return y[:, :time], state
+
+
+def gated_delta_batched(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_a: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """The chunked form over all chunks at once, for GPUs and compilers; T a multiple of `length`."""
+    batch, _, heads, channels = v.shape
 
     def split(t: Tensor) -> Tensor:
-        return t.reshape(batch, chunks, length, heads, -1).transpose(2, 3)  # (B,Z,H,Q,.)
+        return t.unflatten(1, (-1, length)).transpose(2, 3)  # (B,Z,H,Q,.)
 
-    q, k, v, beta = split(q), split(k), split(v), split(beta)
-    decay = split(log_a).squeeze(-1).cumsum(-1)  # (B,Z,H,Q)
-    upper = torch.ones(length, length, dtype=torch.bool, device=v.device).triu(1)
-    # mask before exp: the upper triangle would overflow and poison the gradient
-    segment = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(upper, float("-inf")).exp()
+    q, k, v, beta = split(q), split(k), split(v), split(beta.unsqueeze(-1))
+    sums = split(log_a.unsqueeze(-1)).squeeze(-1).cumsum(-1)  # (B,Z,H,Q)
+    segment = segment_of(sums)
+    floor = decay_floor(v.dtype)
+    from_start = sums.clamp(min=floor).exp().unsqueeze(-1)  # (B,Z,H,Q,1)
     transposed = k.transpose(-1, -2)
-    from_start = decay.exp().unsqueeze(-1)  # (B,Z,H,Q,1)
     scaled = beta * k
     system = (scaled @ transposed) * segment  # its diagonal is read as one by the solver
     right = torch.cat([beta * v, from_start * scaled], dim=-1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     writes, reads = solved.split([channels, k.shape[-1]], dim=-1)  # (B,Z,H,Q,P), (B,Z,H,Q,N)
     within = (q @ transposed) * segment
-    to_end = (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    keys = k * to_end
-    carry = decay[..., -1].exp()[..., None, None]  # (B,Z,H,1,1)
+    keys = k * (sums[..., -1:] - sums).clamp(min=floor).exp().unsqueeze(-1)
     if state is None:
         state = v.new_zeros(batch, heads, channels, k.shape[-1])
+    parts = (writes, reads, within, q * from_start, keys, from_start[..., -1:, :])
     outputs = []
-    for w_z, r_z, a_z, q_z, k_z, keep in zip(
-        *(t.unbind(1) for t in (writes, reads, within, q * from_start, keys, carry)), strict=True
-    ):
+    for w_z, r_z, a_z, q_z, k_z, carry in zip(*(t.unbind(1) for t in parts), strict=True):
         entering = state.transpose(-1, -2)  # (B,H,N,P)
         new = w_z - r_z @ entering
         outputs.append(q_z @ entering + a_z @ new)
-        state = torch.addcmul(new.transpose(-1, -2) @ k_z, keep, state)
-    y = torch.stack(outputs, dim=1).transpose(2, 3).reshape(batch, time + pad, heads, channels)
-    return y[:, :time], state
+        state = torch.addcmul(new.transpose(-1, -2) @ k_z, carry, state)
+    # (B,Z,H,Q,P) -> (B,T,H,P)
+    return torch.stack(outputs, dim=1).transpose(2, 3).flatten(1, 2), state

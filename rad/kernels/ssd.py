@@ -182,11 +182,10 @@ def _forward(
         decays.segment(z, weights)
         weights_grouped.mul_(scores.unsqueeze(1))
         torch.bmm(weights, x_h, out=within)
+        y_z.copy_(within_wide)
         if stateful or z:
             torch.bmm(q, before_t, out=flat)
-            torch.addcmul(within_wide, wide, decays.from_start[z], out=y_z)
-        else:
-            y_z.copy_(within_wide)
+            y_z.addcmul_(wide, decays.from_start[z])
         torch.mul(x_z, decays.to_end[z], out=wide)
         torch.bmm(flat.transpose(1, 2), k, out=after)
         if stateful or z:
@@ -229,6 +228,7 @@ def _backward(
     inner_wide = inner.view(batch, groups, share, length, channels).transpose(2, 3)
     wide, other = (x.new_empty(batch, groups, length, share, channels) for _ in range(2))
     flat, other_flat = wide.view(batch * groups, length, -1), other.view(batch * groups, length, -1)
+    grad_read = torch.empty_like(keys[0])
     leaving = grad_state is not None
     if grad_state is None:
         grad_state = torch.empty_like(states[0])
@@ -269,25 +269,28 @@ def _backward(
         torch.bmm(grad_scores.transpose(1, 2), q, out=gk)
         weights_grouped.mul_(scores.unsqueeze(1))
         torch.bmm(weights.transpose(1, 2), gy, out=inner)
+        gx.copy_(inner_wide)
 
         # the state that leaves: S' = carry S + sum_j to_end_j x_j k_j^T
         if leaving:
             torch.bmm(k, grad_state_t, out=flat)
             wide.mul_(decays.to_end[z])
-            torch.add(inner_wide, wide, out=gx)
+            gx.add_(wide)
             torch.sum(wide.mul_(x_z), -1, out=grad_end[z])
             torch.mul(x_z, decays.to_end[z], out=wide)
             gk.baddbmm_(flat, grad_state)
-        else:
-            gx.copy_(inner_wide)
         if not (z or stateful):
             continue
 
         # the state that enters: y_i += from_start_i S q_i
         torch.mul(gy_z, decays.from_start[z], out=wide)
-        gq.baddbmm_(flat, before)
-        torch.bmm(q, before_t, out=other_flat)
-        torch.sum(other.mul_(wide), -1, out=grad_start[z])
+        torch.bmm(flat, before, out=grad_read)
+        gq.add_(grad_read)
+        if share == 1:
+            torch.sum(grad_read.mul_(q), -1, out=grad_start[z].view(heads, length))
+        else:
+            torch.bmm(q, before_t, out=other_flat)
+            torch.sum(other.mul_(wide), -1, out=grad_start[z])
         if leaving:
             per_head.mul_(decays.carry[z])
             torch.mul(per_head, before.view(per_head.shape), out=product_state)

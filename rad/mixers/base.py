@@ -98,6 +98,10 @@ class Mixer(nn.Module, ABC):
             for shape, kind in self.state_spec(dtype).values()
         )
 
+    def kernel_case(self) -> dict[str, Any] | None:
+        """Which kernel this mixer runs and at which sizes, for its self-test; None: none."""
+        return None
+
     @abstractmethod
     def init_random(self, generator: torch.Generator) -> None:
         """Draw the weights that no attention weight stands for, reproducibly."""

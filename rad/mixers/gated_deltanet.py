@@ -29,6 +29,7 @@ from rad.mixers.recurrent import RecurrentMixer, draw_dt_bias, l2_norm
 class GatedDeltaNet(RecurrentMixer):
     """Gated delta rule with L2-normalised queries and keys."""
 
+    op = "gated_delta"
     copies: Mapping[str, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
     gate, value = "g", "v"
 

@@ -28,6 +28,7 @@ class GLA(RecurrentMixer):
     """Linear attention with a data-dependent decay per key channel."""
 
     state_names = ("ssm",)
+    op = "gla"
     copies: Mapping[str, str] = {"q": "q_proj", "k": "k_proj", "v": "v_proj"}
     gate, value = "g", "v"
 

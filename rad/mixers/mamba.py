@@ -34,6 +34,7 @@ class Mamba(RecurrentMixer):
 
     initialisations = MambaSettings.starts
     refused: Mapping[str, str] = {}
+    op = "selective_scan"
     copies: Mapping[str, str] = {"x": "v_proj", "B": "k_proj", "C": "q_proj"}
 
     def __init__(self, geometry: Geometry, owned: Sequence[int], settings: Mapping[str, Any]):

@@ -34,6 +34,7 @@ class RecurrentMixer(Mixer):
         "zero": "value and gate multiply: with both at zero no gradient reaches either, see "
         "docs/models.md"
     }
+    op = "ssd"  # of rad.kernels
     copies: Mapping[str, str] = {}
     gate, value = "z", "x"
 
@@ -98,6 +99,19 @@ class RecurrentMixer(Mixer):
             x = x * valid.unsqueeze(-1)
         assert self.conv_weight is not None
         return kernels.causal_conv(x, self.conv_weight, self.conv_bias, state.get("conv"))
+
+    def kernel_case(self) -> dict[str, Any]:
+        """The operation and the sizes it is called with (arguments of `kernels.self_test`)."""
+        heads, channels, size = self.state_spec(torch.float32)["ssm"][0]
+        return {
+            "op": self.op,
+            "heads": heads,
+            "groups": heads,
+            "channels": channels,
+            "state_size": size,
+            "chunk": self.chunk,
+            "kernel": self.kernel,
+        }
 
     # --- starts ---------------------------------------------------------------------------
 

@@ -9,9 +9,6 @@ too, so their rows are repeated. Legend: H query heads, D head dim, K kv slots.
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GraniteMoeHybridConfig, GraniteMoeHybridForCausalLM
 
-from rad.files import read_json, write_json
+from rad.files import new_folder, read_json, write_json
 
 FAMILIES = ("rad_llama", "rad_qwen2")
 # configuration keys of the same name and meaning in both
@@ -58,27 +55,17 @@ def export(hybrid: Any, folder: Path | str, tokenizer: Any = None) -> dict[str, 
     """Write `hybrid` as a GraniteMoeHybrid checkpoint and report what was written.
 
     The folder appears only when it is complete and the logits of the two models agree. Raises
-    `ExportError` when the hybrid does not fit, the folder is not empty, or the logits differ.
+    `ExportError` when the hybrid does not fit or the logits differ, `ValueError` when the folder is
+    not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportError(f"{folder}: exists and is not an empty folder; name another one")
-    granite = to_granite(hybrid)
-    difference = _check(hybrid, granite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
+        granite = to_granite(hybrid)
+        difference = _check(hybrid, granite)
         granite.save_pretrained(temporary)
         _make_portable(temporary / "config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        # mkdtemp creates 0700; an export is meant to be read by others
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return {
         "folder": str(folder),
         "model_type": granite.config.model_type,

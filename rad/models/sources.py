@@ -14,7 +14,8 @@ from typing import Any
 from rad.files import digest, file_digest, read_json
 
 NANO_SIZES = ("base", "medium", "large")
-KNOWN_FAMILIES = ("llama", "qwen2", "qwen3")
+# keys that the configuration of a decoder with q/k/v/o attention has
+SHAPE_KEYS = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size")
 
 
 class ModelError(ValueError):
@@ -79,9 +80,16 @@ def describe(
         vocabulary = digest(vocab)
         weights_digest = f"{path}@{settings['revision'] or 'main'}"
     family = config.get("model_type")
-    if family not in KNOWN_FAMILIES:
+    absent = [key for key in SHAPE_KEYS if key not in config]
+    if absent:
         raise ModelError(
-            f"model {source!r}: model_type {family!r} is not one of {', '.join(KNOWN_FAMILIES)}"
+            f"model {source!r}: the configuration of a {family!r} model has no {absent[0]}; a "
+            "decoder with q/k/v/o attention is needed"
+        )
+    if config.get("kv_lora_rank") is not None:
+        raise ModelError(
+            f"model {source!r}: a {family!r} model with latent attention (kv_lora_rank) has no k "
+            "and v projections to convert"
         )
     heads = config["num_attention_heads"]
     return {
@@ -98,21 +106,67 @@ def describe(
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "hidden_size": config["hidden_size"],
         "vocab_size": config["vocab_size"],
-        "max_position_embeddings": config["max_position_embeddings"],
+        "max_position_embeddings": config.get("max_position_embeddings"),
         "weights_sha256": weights_digest,
         "tokenizer_sha256": vocabulary,
     }
 
 
 def load(source: str, *, revision: str | None = None, dtype: str = "float32") -> Any:
-    """The model of a source, in evaluation mode."""
+    """The model of a source, in evaluation mode.
+
+    Raises `ModelError` when a file is corrupt, or a tensor is missing, extra or of another shape:
+    the library would only warn and go on with random weights.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(resolve(source)), revision=revision, dtype=getattr(torch, dtype)
+    path = resolve(source)
+    if isinstance(path, Path):
+        check_files(source, path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(path),
+        revision=revision,
+        dtype=getattr(torch, dtype),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, with one line instead of a table
     )
+    model, found = loaded
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(
+            str(name[0] if isinstance(name, tuple) else name)
+            for name in found.get(f"{kind}_keys", ())
+        )
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ModelError(
+                f"model {source!r}: the weights have {kind} tensors: {names[0]}{more}; they do not "
+                "belong to this config.json"
+            )
     return model.eval()
+
+
+def check_files(source: str, folder: Path) -> None:
+    """Raise `ModelError` naming a safetensors file that is missing or no such file."""
+    from safetensors import SafetensorError, safe_open
+
+    shards = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        wanted = sorted(set(read_json(index)["weight_map"].values()))
+        absent = [name for name in wanted if not (folder / name).exists()]
+        if absent:
+            raise ModelError(f"model {source!r}: {folder / absent[0]} is missing")
+    if not shards:
+        raise ModelError(f"model {source!r}: {folder} has no *.safetensors file")
+    for shard in shards:
+        try:
+            with safe_open(str(shard), framework="np"):
+                pass
+        except SafetensorError as error:
+            raise ModelError(
+                f"model {source!r}: {shard} is corrupt or cut off ({error}); copy it again"
+            ) from error
 
 
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:

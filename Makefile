@@ -5,6 +5,9 @@ VENV ?= .venv
 PYTHON ?=
 PYTEST_ARGS ?=
 
+TRITON_VENV ?= .venv-triton
+TRITON_STAMP := $(TRITON_VENV)/.installed
+
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -20,11 +23,12 @@ unexport PYTHONPATH
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo smoke test lint format nano-models clean clean-results
+.PHONY: help env demo smoke test test-triton lint format nano-models clean clean-results
 
 help:
 	@echo "make demo          environment, then the default study: results/nano/report.html"
 	@echo "make test          environment, then the tests"
+	@echo "make test-triton   Triton kernels on a CPU, in .venv-triton/ (optional)"
 	@echo "make smoke         the default study, shrunk: every stage and every method"
 	@echo "make lint          ruff, mypy, snakefmt and snakemake --lint"
 	@echo "make format        let ruff and snakefmt rewrite the sources"
@@ -65,6 +69,17 @@ smoke: $(STAMP)
 
 test: $(STAMP)
 	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+
+$(TRITON_STAMP): envs/triton.txt envs/cpu.txt pyproject.toml $(STAMP)
+	"$(BIN)/python" -m venv "$(TRITON_VENV)"
+	"$(TRITON_VENV)/bin/python" -m pip install $(PIP_FLAGS) -r envs/triton.txt
+	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE "$(TRITON_VENV)/bin/python" -m pip install \
+	  $(PIP_FLAGS) --no-deps --no-build-isolation --no-binary mamba-ssm mamba-ssm==2.3.2.post1
+	"$(TRITON_VENV)/bin/python" -m pip install $(PIP_FLAGS) --no-deps -e .
+	touch "$(TRITON_STAMP)"
+
+test-triton: $(TRITON_STAMP)
+	"$(TRITON_VENV)/bin/python" -m pytest tests/test_triton_adapter.py $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

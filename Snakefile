@@ -13,6 +13,7 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/corpus.smk"
 include: "workflow/rules/align.smk"
+include: "workflow/rules/select.smk"
 
 
 for selector_rules in SELECTION_RULES:

@@ -115,36 +115,63 @@ def align(args: argparse.Namespace) -> None:
 
 
 def select(args: argparse.Namespace) -> None:
-    """Choose the placement of a base under a budget."""
+    """Choose which attention of a base stays, by any selection method, under a budget."""
+    from rad.models.store import mixer_settings
     from rad.placement import Budget
-    from rad.selection.base import SelectionContext
-    from rad.selection.base import select as run
-    from rad.settings import SELECTOR_SETTINGS
+    from rad.selection import standalone
 
-    record = read_json(args.model)
-    method = args.selector["method"]
-    settings = SELECTOR_SETTINGS[method].model_validate(args.selector)
-    weights: dict[str, Any] = {}
-    if method != "uniform":
-        from rad.models import sources
-
-        source = {"revision": record["revision"]}
-        weights["model"] = sources.load(record["source"], dtype=record["dtype"], **source)
-        weights["tokenizer"] = sources.load_tokenizer(record["source"], **source)
-    context = SelectionContext(
-        base=record["name"],
-        layers=record["layers"],
-        heads=record["heads"],
-        kv_heads=record["kv_heads"],
-        budget=Budget.parse(args.budget),
-        settings=settings,
-        corpus=args.corpus,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
-        provenance={"base_weights_sha256": record["weights_sha256"]},
-        resources={"aligned": args.aligned, "mixer": args.mixer, "state": args.state},
-        **weights,
+    if (args.base is None) == (args.model is None):
+        raise ValueError("name the base with --base (folder, hub id, nano:NAME) or --model FILE")
+    values = {**(args.settings or {}), **standalone.assignments(args.set)}
+    settings = standalone.settings_of(args.name, values)
+    mixer = args.mixer
+    if mixer is None:
+        mixer = mixer_settings(str(getattr(settings, "mixer", None) or "mamba2"))
+    corpus, aligned, state = args.corpus, args.aligned, args.state
+    if args.model is not None:
+        record = read_json(args.model)
+    else:
+        record, corpus, found = standalone.prepare(
+            args.name,
+            settings,
+            args.base,
+            revision=args.revision,
+            dtype=args.dtype,
+            corpus=corpus,
+            texts=args.text,
+            mixer=mixer,
+            work=args.work,
+        )
+        aligned, state = aligned or found, state or args.work / "state"
+    placement = standalone.run(
+        args.name,
+        settings,
+        record,
+        Budget.parse(args.budget),
+        corpus=corpus,
+        aligned=aligned,
+        mixer=mixer,
+        state=state,
     )
-    run(context).save(args.output)
+    placement.save(args.out)
+    if args.model is None:
+        print(placement.describe())
+
+
+def placement(args: argparse.Namespace) -> None:
+    """Check a placement, against a base and a budget if named, and show what it keeps."""
+    from rad.placement import Budget, Placement
+
+    found = Placement.load(args.placement)
+    try:
+        if args.model is not None:
+            record = read_json(args.model)
+            found.check_base(record["name"], *(record[key] for key in Placement.SHAPE))
+        if args.budget is not None:
+            found.check_budget(Budget.parse(args.budget))
+    except ValueError as error:
+        raise ValueError(f"{args.placement}: {error}") from error
+    print(found.describe())
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -319,14 +346,29 @@ VERBS: dict[str, tuple[Callable[[argparse.Namespace], None], list[Argument]]] = 
     "select": (
         select,
         [
-            ("--selector", _JSON),
-            ("--model", _PATH),
-            ("--budget", {"required": True, "help": "l<layers>, h<heads> or f<fraction>"}),
-            ("--corpus", _OPTIONAL),
-            ("--aligned", _OPTIONAL),
-            ("--mixer", {"type": _json, "default": None}),
-            ("--state", _OPTIONAL),
-            ("--output", _PATH),
+            ("name", {"help": "method, or a Python file with select(context)"}),
+            ("--base", {"default": None, "help": "folder, hub id or nano:base|medium|large"}),
+            ("--model", {**_OPTIONAL, "help": "instead of --base: its description (source.json)"}),
+            ("--budget", {"required": True, "help": "layers:2, heads:8, fraction:0.25, ..."}),
+            ("--out", {**_PATH, "help": "placement.json to write"}),
+            ("--set", {"action": "append", "default": [], "help": "key=value of the method"}),
+            ("--settings", {"type": _json, "default": None, "help": "the same, as JSON"}),
+            ("--text", {"type": Path, "nargs": "+", "default": [], "help": "calibration text"}),
+            ("--corpus", {**_OPTIONAL, "help": "calibration corpus, prepared by `rad corpus`"}),
+            ("--aligned", {**_OPTIONAL, "help": "stage-1 alignment, prepared by `rad align`"}),
+            ("--mixer", {"type": _json, "default": None, "help": "mixer of students, as JSON"}),
+            ("--revision", {"default": None, "help": "hub revision of the base"}),
+            _DTYPE,
+            ("--state", {**_OPTIONAL, "help": "folder for what a long selection can resume"}),
+            ("--work", {"type": Path, "default": Path("state/select"), "help": "made inputs"}),
+        ],
+    ),
+    "placement": (
+        placement,
+        [
+            ("placement", {"type": Path, "help": "placement.json"}),
+            ("--model", {**_OPTIONAL, "help": "description of the base (source.json)"}),
+            ("--budget", {"default": None, "help": "layers:2, heads:8, fraction:0.25, ..."}),
         ],
     ),
     "convert": (

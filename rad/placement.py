@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -154,6 +154,7 @@ class Placement(BaseModel):
     """(layer, query head) pairs that stay softmax attention in a base of known shape."""
 
     model_config = ConfigDict(extra="forbid")
+    SHAPE: ClassVar[tuple[str, ...]] = ("layers", "heads", "kv_heads")
 
     schema_: Literal[1] = Field(1, alias="schema")
     base: str
@@ -223,6 +224,17 @@ class Placement(BaseModel):
         """Share of (layer, head) pairs that stay softmax attention."""
         return len(self.softmax) / (self.layers * self.heads)
 
+    def check_base(self, name: str, layers: int, heads: int, kv_heads: int) -> None:
+        """Raise `ValueError` when this placement is for another base, or one of another shape."""
+        mine = (self.layers, self.heads, self.kv_heads)
+        if mine != (layers, heads, kv_heads):
+            raise ValueError(
+                f"the placement is for {mine[0]} layers x {mine[1]} heads ({mine[2]} kv), the base "
+                f"has {layers} x {heads} ({kv_heads} kv)"
+            )
+        if self.base != name:
+            raise ValueError(f"the placement is for base {self.base!r}, not {name!r}")
+
     def check_budget(self, budget: Budget) -> None:
         """Raise `BudgetError` when this placement keeps more or fewer heads than `budget`.
 
@@ -247,6 +259,21 @@ class Placement(BaseModel):
                 f"placement of selector {self.selector} keeps {len(self.softmax)} heads, "
                 f"budget {budget.slug} asks for {want}"
             )
+
+    def describe(self) -> str:
+        """A few lines for people: what stays, and what it costs."""
+        lines = [f"{self.selector} keeps {len(self.softmax)} of {self.layers * self.heads} heads"]
+        for layer in self.kept_layers():
+            heads = self.kept_heads(layer)
+            what = "all heads" if len(heads) == self.heads else f"heads {heads}"
+            lines.append(f"  layer {layer}: {what}")
+        if self.footprint is not None:
+            lines.append(f"KV bytes per token: {self.footprint.kv_bytes_per_token:,}")
+        lines.append(
+            f"cost: {self.cost.seconds:.1f} s, {self.cost.tokens:,} tokens in "
+            f"{self.cost.forward_passes:,} model calls"
+        )
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form, keys as in the contract."""

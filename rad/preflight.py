@@ -10,9 +10,10 @@ from typing import Any
 
 from rad.models.sources import ModelError, describe
 from rad.placement import BudgetError
+from rad.settings import NEEDS
 from rad.study import Study, StudyError
 
-LAYER_WISE = ("uniform", "rad", "kl_guided")
+HEAD_WISE = ("retrieval_aware", "preset")  # a preset may be of heads: it says so itself
 
 
 def check(study: Study) -> dict[str, dict[str, Any]]:
@@ -50,10 +51,16 @@ def _check_budgets(study: Study, records: dict[str, dict[str, Any]]) -> None:
         record = records.get(run.base)
         if record is None:
             continue
-        method = study.selector_settings[run.selector].method  # type: ignore[attr-defined]
+        settings = study.selector_settings[run.selector]
+        method = str(settings.method)  # type: ignore[attr-defined]
+        layer_wise = method in NEEDS and method not in HEAD_WISE
+        if getattr(settings, "unit", "layers") == "heads":
+            layer_wise = False
+        if run.budget.kv_bytes_per_token is not None:
+            continue  # a limit: the most that fits
         try:
             run.budget.head_count(record["layers"], record["heads"])
-            if method in LAYER_WISE:
+            if layer_wise:
                 run.budget.layer_count(record["layers"], record["heads"])
         except BudgetError as error:
             raise StudyError(f"run {run.id}: {error}") from error
@@ -63,16 +70,19 @@ def _check_files(study: Study) -> None:
     wanted = [
         (f"corpora.{name}.files", file)
         for name, corpus in study.corpora.items()
-        for file in corpus.files
+        for file in corpus.input_files
     ]
     for name, task in study.evaluation.tasks.items():
         wanted += [(f"evaluation.tasks.{name}.files", file) for file in task.files]
         wanted += [(f"evaluation.tasks.{name}.shot_files", file) for file in task.shot_files]
     for name, corpus in study.corpora.items():
-        if corpus.source == "text" and not corpus.files:
-            raise StudyError(f"corpora.{name}.files: source `text` needs at least one file")
-        if corpus.source == "hub" and not corpus.dataset:
-            raise StudyError(f"corpora.{name}.dataset: source `hub` needs a dataset")
+        for source in corpus.every_source:
+            if source.source in ("text", "jsonl", "parquet") and not source.files:
+                raise StudyError(
+                    f"corpora.{name}.files: source `{source.source}` needs at least one file"
+                )
+            if source.source == "hub" and not source.dataset:
+                raise StudyError(f"corpora.{name}.dataset: source `hub` needs a dataset")
     for key, file in wanted:
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise StudyError(f"{key}: no such file: {file}")

@@ -17,16 +17,29 @@ from rad import settings as leaves
 from rad.placement import Budget
 from rad.study import GridEntry, Study
 
+def _selectors() -> dict[type[Any], list[str]]:
+    """Settings class -> the methods that it configures."""
+    classes: dict[type[Any], list[str]] = {}
+    for name, kind in leaves.SELECTOR_SETTINGS.items():
+        classes.setdefault(kind, []).append(name)
+    return classes
+
+
 SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("", "Top level", Study),
     ("models.<name>", "A model", leaves.ModelSettings),
     ("corpora.<name>", "A token corpus", leaves.CorpusSettings),
+    ("corpora.<name>.sources[]", "A source of a corpus", leaves.SourceSettings),
     *(("mixers.<name>", f"Mixer `{name}`", kind) for name, kind in leaves.MIXER_SETTINGS.items()),
     ("alignment", "Stage-1 alignment", leaves.AlignmentSettings),
-    ("selectors.<name>", "Selector `uniform`", leaves.UniformSettings),
-    ("selectors.<name>", "Selector `rad`", leaves.RadSettings),
-    ("selectors.<name>", "Selector `kl_guided`", leaves.KLGuidedSettings),
-    ("selectors.<name>", "Selector `retrieval_aware`", leaves.RetrievalAwareSettings),
+    *(
+        (
+            "selectors.<name>",
+            "Selector " + ", ".join(f"`{name}`" for name in names),
+            kind,
+        )
+        for kind, names in _selectors().items()
+    ),
     ("recipes.<name>", "A recipe", leaves.RecipeSettings),
     ("recipes.<name>.stages[]", "A distillation stage", leaves.StageSettings),
     ("grid[]", "A block of the grid", GridEntry),

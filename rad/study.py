@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from rad.files import digest
 from rad.placement import Budget, first_error
 from rad.settings import (
+    NEEDS,
     SELECTOR_SETTINGS,
     AlignmentSettings,
     CorpusSettings,
@@ -127,10 +128,14 @@ class Study(Settings):
         for name in self.references:
             need("models", name, "references")
         for name, selector in self.selector_settings.items():
-            if selector.method == "kl_guided":  # type: ignore[attr-defined]
-                need("mixers", selector.mixer, f"selectors.{name}.mixer")  # type: ignore[attr-defined]
-                if self.alignment is None:
-                    raise ValueError(f"selectors.{name}: kl_guided needs the key `alignment`")
+            method = str(selector.method)  # type: ignore[attr-defined]
+            if "aligned" not in NEEDS.get(method, ()):
+                continue
+            mixer = getattr(selector, "mixer", None)
+            if mixer is not None:
+                need("mixers", mixer, f"selectors.{name}.mixer")
+            if self.alignment is None:
+                raise ValueError(f"selectors.{name}: {method} needs the key `alignment`")
         for index, entry in enumerate(self.grid):
             where = f"grid.{index}"
             need("models", entry.base, f"{where}.base")

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rad.settings import NEEDS
 from rad.study import Study
 
 
@@ -60,9 +62,35 @@ class Helpers:
     def selector(self, wildcards: Any) -> str:
         return _json(self.study.selector_settings[wildcards.selector].model_dump(mode="json"))
 
-    def selector_mixer(self, wildcards: Any) -> str:
-        name = self.study.selector_settings[wildcards.selector].mixer  # type: ignore[attr-defined]
-        return _json(self.study.mixers[name].model_dump(mode="json"))
+    def selector_method(self, wildcards: Any) -> str:
+        return str(self._method(wildcards))
+
+    def selector_options(self, wildcards: Any) -> str:
+        """What the method works from, as options of `rad select`."""
+        needs = NEEDS[self._method(wildcards)]
+        options = []
+        if "corpus" in needs:
+            options.append(f"--corpus {self._path('corpus', self.study.calibration)}")
+        if "aligned" in needs:
+            mixer = self._selector_mixer(wildcards)
+            options.append(f"--aligned {self._path('alignment', wildcards.base, mixer)}")
+            settings = _json(self.study.mixers[mixer].model_dump(mode="json"))
+            options.append(f"--mixer {shlex.quote(settings)}")
+            options.append(
+                f"--state {self.state(wildcards)}/select-{wildcards.base}-{wildcards.selector}"
+            )
+        return " ".join(options)
+
+    def _method(self, wildcards: Any) -> str:
+        return self.study.selector_settings[wildcards.selector].method  # type: ignore[attr-defined,no-any-return]
+
+    def _selector_mixer(self, wildcards: Any) -> str:
+        """Key of `mixers` that the method's students have."""
+        settings = self.study.selector_settings[wildcards.selector]
+        return str(getattr(settings, "mixer", None) or next(iter(self.study.mixers)))
+
+    def _path(self, *parts: str) -> str:
+        return "/".join(["results", self.study.folder, *parts])
 
     def spec(self, wildcards: Any) -> str:
         return _json(self.study.spec(wildcards.run))
@@ -103,7 +131,7 @@ class Helpers:
         return f"<results>/models/{first}/source.json"
 
     def corpus_files(self, wildcards: Any) -> list[str]:
-        return list(self.study.corpora[wildcards.corpus].files)
+        return list(self.study.corpora[wildcards.corpus].input_files)
 
     def task_files(self, wildcards: Any) -> list[str]:
         tasks = self.study.evaluation.tasks.values()
@@ -119,9 +147,15 @@ class Helpers:
     def training_corpus(self, wildcards: Any) -> str:
         return f"<results>/corpus/{self.study.corpus}/manifest.json"
 
-    def selector_alignment(self, wildcards: Any) -> str:
-        mixer = self.study.selector_settings[wildcards.selector].mixer  # type: ignore[attr-defined]
-        return f"<results>/alignment/{wildcards.base}/{mixer}/mixers.safetensors"
+    def selector_corpus(self, wildcards: Any) -> list[str]:
+        needed = "corpus" in NEEDS[self._method(wildcards)]
+        return [self.calibration_corpus(wildcards)] if needed else []
+
+    def selector_alignment(self, wildcards: Any) -> list[str]:
+        if "aligned" not in NEEDS[self._method(wildcards)]:
+            return []
+        mixer = self._selector_mixer(wildcards)
+        return [f"<results>/alignment/{wildcards.base}/{mixer}/mixers.safetensors"]
 
     def placement(self, wildcards: Any) -> str:
         run = self.study.run_table[wildcards.run]

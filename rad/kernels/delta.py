@@ -1,6 +1,6 @@
 """Gated delta rule: a linear recurrence that erases what a key held before it writes anew.
 
-    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T      a_t in (0, 1], a scalar per head
+    S_t = a_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T    a_t in (0, 1], one per head
     y_t = S_t q_t
 
 Yang, Kautz & Hatamizadeh 2024 (arXiv 2412.06464); the chunked form solves the unit lower triangular
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rad.kernels.chunks import chunk_length, decay_floor, segment_of
+from rad.kernels.chunks import chunk_length, decay_floor, decay_sums, packed, segment_of
 from rad.kernels.delta_cached import CachedGatedDelta
 
 
@@ -38,8 +38,10 @@ def gated_delta_recurrent(
         state = v.new_zeros(v.shape[0], *v.shape[2:], k.shape[-1])
     outputs = []
     # unbind, not q[:, t]: indexing writes a full-size zero gradient at every step
-    for step in zip(*(t.unbind(1) for t in (q, k, v, log_a, beta)), strict=True):
-        y, state = gated_delta_step(*step, state)
+    for q_t, k_t, v_t, log_a_t, beta_t in zip(
+        q.unbind(1), k.unbind(1), v.unbind(1), log_a.unbind(1), beta.unbind(1), strict=True
+    ):
+        y, state = gated_delta_step(q_t, k_t, v_t, log_a_t, beta_t, state)
         outputs.append(y)
     return torch.stack(outputs, dim=1), state
 
@@ -59,12 +61,15 @@ def gated_delta_chunked(
     """
     time = v.shape[1]
     length, pad = chunk_length(time, chunk)
+    q, k, v = packed(q), packed(k), packed(v)
     if pad:
         # a padded step with beta = 0 and log a = 0 leaves the state as it is
         q, k, v = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (q, k, v))
         log_a, beta = F.pad(log_a, (0, 0, 0, pad)), F.pad(beta, (0, 0, 0, pad))
     if v.device.type == "cpu" and not torch.compiler.is_compiling():
-        y, state = CachedGatedDelta.apply(q, k, v, log_a, beta, state, length)
+        y, state = CachedGatedDelta.apply(  # type: ignore[no-untyped-call]
+            q, k, v, log_a, beta, state, length
+        )
     else:
         y, state = gated_delta_batched(q, k, v, log_a, beta, state, length)
     return y[:, :time], state
@@ -79,14 +84,15 @@ def gated_delta_batched(
     state: Tensor | None,
     length: int,
 ) -> tuple[Tensor, Tensor]:
-    """The chunked form over all chunks at once, for GPUs and compilers; T a multiple of `length`."""
+    """All chunks at once, for GPUs and compilers; T a multiple of `length`, the chunk length."""
     batch, _, heads, channels = v.shape
 
     def split(t: Tensor) -> Tensor:
-        return t.unflatten(1, (-1, length)).transpose(2, 3)  # (B,Z,H,Q,.)
+        chunks: Tensor = t.unflatten(1, (-1, length))
+        return chunks.transpose(2, 3)  # (B,Z,H,Q,.)
 
     q, k, v, beta = split(q), split(k), split(v), split(beta.unsqueeze(-1))
-    sums = split(log_a.unsqueeze(-1)).squeeze(-1).cumsum(-1)  # (B,Z,H,Q)
+    sums = decay_sums(split(log_a.unsqueeze(-1)).squeeze(-1))  # (B,Z,H,Q)
     segment = segment_of(sums)
     floor = decay_floor(v.dtype)
     from_start = sums.clamp(min=floor).exp().unsqueeze(-1)  # (B,Z,H,Q,1)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rad.kernels.chunks import Decays, grad_log_a, row_blocks, rows_per_block
+from rad.kernels.chunks import Decays, grad_log_a, packed, row_blocks, rows_per_block
 
 
 def _steps(t: Tensor, length: int) -> tuple[Tensor, ...]:
     """Views of t (B,T,H,D), one per chunk: (B,H,Q,D)."""
-    return t.unflatten(1, (-1, length)).transpose(2, 3).unbind(1)
+    split: Tensor = t.unflatten(1, (-1, length))
+    return split.transpose(2, 3).unbind(1)
 
 
 def _column(t: Tensor, length: int) -> tuple[Tensor, ...]:
@@ -237,33 +238,45 @@ class CachedGatedDelta(torch.autograd.Function):
         ctx.rows, ctx.stateful = rows_per_block(batch, row, v.device), state is not None
         for rows in row_blocks(batch, ctx.rows):
             flat = slice(rows.start * heads, rows.stop * heads)
-            parts = (t[rows] for t in (q, k, v, log_a, beta, y))
-            _forward(*parts, states[:, flat], writes[:, flat], ctx.stateful)
+            _forward(
+                q[rows],
+                k[rows],
+                v[rows],
+                log_a[rows],
+                beta[rows],
+                y[rows],
+                states[:, flat],
+                writes[:, flat],
+                ctx.stateful,
+            )
         ctx.save_for_backward(q, k, v, log_a, beta, states, writes)
         ctx.set_materialize_grads(False)
         return y, states[-1].view(batch, heads, channels, size).clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, states, writes = ctx.saved_tensors
-        v = inputs[2]
+        q, k, v, log_a, beta, states, writes = ctx.saved_tensors
         grad_y, grad_last = grads
         if grad_y is None:
             grad_y = torch.zeros_like(v)
+        grad_y = packed(grad_y)
         if grad_last is not None:
             grad_last = grad_last.reshape(states[0].shape).clone()
         batch, heads = v.shape[0], v.shape[2]
         results = []
         for rows in row_blocks(batch, ctx.rows):
             flat = slice(rows.start * heads, rows.stop * heads)
-            last = None if grad_last is None else grad_last[flat]
             results.append(
                 _backward(
-                    *(t[rows] for t in inputs),
+                    q[rows],
+                    k[rows],
+                    v[rows],
+                    log_a[rows],
+                    beta[rows],
                     states[:, flat],
                     writes[:, flat],
                     grad_y[rows],
-                    last,
+                    None if grad_last is None else grad_last[flat],
                     ctx.stateful,
                 )
             )

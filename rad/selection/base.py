@@ -231,6 +231,11 @@ def head_bytes(config: Any, itemsize: int) -> int:
     return 2 * int(width) * itemsize
 
 
+def head_bytes_of(record: Mapping[str, Any]) -> int:
+    """The same from the description of a model (`source.json`)."""
+    return 2 * int(record["head_dim"]) * {"float32": 4, "bfloat16": 2}[record["dtype"]]
+
+
 def ranked(scores: Sequence[float], higher_is_kept: bool, method: str) -> list[int]:
     """Indices from the best score to the worst, ties by index; raises `SelectionError` on NaN."""
     values = np.asarray(scores, dtype=np.float64)

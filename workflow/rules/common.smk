@@ -35,6 +35,6 @@ wildcard_constraints:
     base=HELPERS.either(STUDY.models),
     corpus=HELPERS.either(STUDY.corpora),
     mixer=HELPERS.either(STUDY.mixers),
-    budget=r"[lhf][0-9.]+",
+    budget=r"[lhfb][0-9.]+",
     run=HELPERS.either(STUDY.run_table),
     scored=HELPERS.either(HELPERS.scored),

@@ -1,0 +1,4 @@
+# A published list.
+use rule select as select_preset with:
+    wildcard_constraints:
+        selector=HELPERS.selectors_of("preset"),

@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from rad.files import write_json, write_text
-from rad.placement import Placement
+from rad.placement import Footprint, Placement
 from rad.study import Run, Study, load
 
 CONFIG = Path(__file__).parents[1] / "config" / "nano.yaml"
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 8, 4, 2, 32
+HEAD_BYTES = 2 * 4 * HEAD_DIM  # keys and values in float32
+WEIGHTS = 790_000
 SUBTASKS = ("single", "multikey", "vt", "cwe")
 SKILL = {"uniform": 0.62, "rad": 0.55, "kl_guided": 0.86, "retrieval_aware": 0.9}
 TEACHER = {"self": 0.0, "medium": 0.03, "large": 0.05}
@@ -42,7 +44,7 @@ def small_study() -> Study:
     """Few documents, every view, a selector of the user's own, two teachers."""
     config = nano_study().model_dump(mode="json", exclude_none=True)
     grid = [dict(entry) for entry in config["grid"]]
-    grid[0]["selector"] = ["uniform", "retrieval_aware", "every_third"]
+    grid[0]["selector"] = ["uniform", "retrieval_aware", "kl_guided", "every_third"]
     grid[0]["teacher"] = ["self", "large"]
     selectors = {**config["selectors"], "every_third": {"method": "uniform", "offset": 1}}
     tasks = {
@@ -62,11 +64,19 @@ def _generator(*names: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32("/".join(map(str, names)).encode()))
 
 
+def _kept_heads(run: Run) -> int:
+    """Query heads that the budget keeps; a budget in bytes keeps the whole layers that fit."""
+    whole = KV_HEADS * HEAD_BYTES
+    if run.budget.kv_bytes_per_token is not None:
+        return HEADS * run.budget.layer_count(LAYERS, HEADS, whole)
+    return run.budget.head_count(LAYERS, HEADS)
+
+
 def _placement(run: Run) -> Placement:
-    kept = run.budget.head_count(LAYERS, HEADS)
+    kept = _kept_heads(run)
     shape = {"layers": LAYERS, "heads": HEADS, "kv_heads": KV_HEADS}
     generator = _generator("placement", run.selector)
-    cost = {"tokens": 0, "seconds": 0.01, "forward_passes": 0}
+    cost: dict[str, Any] = {"tokens": 0, "seconds": 0.01, "forward_passes": 0}
     scores: dict[str, Any] | None = None
     if run.selector == "retrieval_aware":
         values = np.round(generator.exponential(0.02, (LAYERS, HEADS)), 4)
@@ -75,6 +85,9 @@ def _placement(run: Run) -> Placement:
         pairs = [(int(index) // HEADS, int(index) % HEADS) for index in order]
         scores = {"kind": "head", "name": "margin drop (nats)", "values": values.tolist()}
         cost = {"tokens": 393216, "seconds": 6.4, "forward_passes": 66}
+        if run.budget.kv_bytes_per_token is not None:
+            # a kept head of a mixed layer caches keys and values of its own
+            pairs = pairs[: run.budget.kv_bytes_per_token // HEAD_BYTES]
     else:
         layers = KEPT_LAYERS.get(run.selector, list(range(LAYERS)))[: kept // HEADS]
         pairs = [(layer, head) for layer in layers for head in range(HEADS)]
@@ -85,21 +98,28 @@ def _placement(run: Run) -> Placement:
             name = "held-out KL after restoring the layer (nats/token)"
             scores = {"kind": "layer", "name": name, "values": values, "higher_is_kept": False}
             cost = {"tokens": 480000, "seconds": 81.2, "forward_passes": 470}
+            cost["trained_tokens"] = 320000
         if run.selector == "rad":
             cost = {"tokens": 61440, "seconds": 22.5, "forward_passes": 2600}
-    return Placement.model_validate(
+    cost["flops"] = 2.0 * WEIGHTS * (cost["tokens"] + 2 * cost.get("trained_tokens", 0))
+    placement = Placement.model_validate(
         {
             **shape,
             **{"schema": 1, "base": run.base, "softmax": pairs, "selector": run.selector},
             **{"scores": scores, "cost": cost, "provenance": {"note": "made up"}},
         }
     )
+    cached = placement.cached_kv_heads()
+    placement.footprint = Footprint(
+        heads=len(pairs), kv_heads=cached, kv_bytes_per_token=cached * HEAD_BYTES
+    )
+    return placement
 
 
 def _skill(run: Run) -> float:
     if run.mixer == "sliding_window":
         return 0.3
-    share = run.budget.head_count(LAYERS, HEADS) / (LAYERS * HEADS)
+    share = _kept_heads(run) / (LAYERS * HEADS)
     if share == 0:
         return 0.35
     return min(0.99, SKILL.get(run.selector, 0.5) + TEACHER[run.teacher] + 0.2 * (share - 0.25))
@@ -157,7 +177,7 @@ def _write_scores(study: Study, folder: Path, skill: float) -> None:
 
 
 def _write_efficiency(study: Study, folder: Path, kv_heads: int, state: int, size: int) -> None:
-    per_token = 2 * 4 * HEAD_DIM * kv_heads
+    per_token = HEAD_BYTES * kv_heads
     points = [
         {
             "context": context,
@@ -217,7 +237,7 @@ def write_results(study: Study, root: Path) -> None:
         _write_training(study, run, folder, skill)
         _write_scores(study, folder, skill + 0.01 * run.seed)
         state = 4096 * (LAYERS * HEADS - len(placement.softmax))
-        _write_efficiency(study, folder, placement.cached_kv_heads(), state, 790_000)
+        _write_efficiency(study, folder, placement.cached_kv_heads(), state, WEIGHTS)
     for index, name in enumerate(study.references):
         folder = root / "runs" / f"model-{name}"
         write_json(
@@ -225,7 +245,7 @@ def write_results(study: Study, root: Path) -> None:
             {"schema": 1, "run": f"model-{name}", "reference": name},
         )
         _write_scores(study, folder, 0.97 + 0.01 * index)
-        _write_efficiency(study, folder, LAYERS * KV_HEADS * (1 + index), 0, 790_000 * 2**index)
+        _write_efficiency(study, folder, LAYERS * KV_HEADS * (1 + index), 0, WEIGHTS * 2**index)
     jobs = {"select": (4, 25.0), "align": (1, 70.0), "distil": (14, 44.0), "evaluate": (17, 19.0)}
     for stage, (number, seconds) in jobs.items():
         for job in range(number):

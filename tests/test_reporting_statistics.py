@@ -153,3 +153,14 @@ def test_no_documents_is_an_error() -> None:
     for strata in ([], [[]]):
         with pytest.raises(ValueError, match="no documents"):
             mean_estimate(strata)
+
+
+def test_shares_weigh_task_means() -> None:
+    strata = [[1.0, 0.0, 1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]
+    weighed = mean_estimate(strata, shares=[1.0, 0.5, 0.5])
+    assert weighed.value == pytest.approx((0.75 + (0.0 + 0.5) / 2) / 2)
+    assert weighed.low < weighed.value < weighed.high
+    # a share of zero leaves a task out of the value and of the interval
+    alone = mean_estimate(strata, shares=[1.0, 0.0, 0.0])
+    assert (alone.value, alone.low, alone.high) == pytest.approx((0.75, 0.25, 1.0))
+    assert mean_estimate(strata, shares=[2.0, 2.0, 2.0]) == mean_estimate(strata)

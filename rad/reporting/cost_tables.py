@@ -1,4 +1,4 @@
-"""Tables of what it takes: memory and speed, selection, distillation. One view per panel."""
+"""Tables of what students take: memory and speed, distillation. One view per panel."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rad.placement import Placement
 from rad.reporting.collect import Results, RunResult
-from rad.reporting.describe import CELL_FIELDS, budget_text, cell_record, kept_text
+from rad.reporting.describe import CELL_FIELDS, budget_text, cell_record
 from rad.reporting.plan import Cell, cells, row_titles, views
 from rad.reporting.scores import final_kl, members, training_number
 from rad.reporting.writers import (
@@ -96,58 +95,6 @@ def efficiency(results: Results) -> Table:
             *("view", "model", "budget", "mixer", "attention_heads", "kv_bytes_per_token"),
             *("state_bytes", "context", "cache_bytes", "decode_tokens_per_second"),
             *("parameters", "flops_per_token", "runs"),
-        ),
-        records,
-    )
-
-
-def placements(results: Results, view: str | None = None) -> dict[tuple[str, str, str], Placement]:
-    """(base, selector, budget) -> placement, of all views or one, in grid order."""
-    chosen: dict[tuple[str, str, str], Placement] = {}
-    for result in results.runs.values():
-        assert result.run is not None and result.placement is not None
-        if view is None or view in result.run.views:
-            key = (result.run.base, result.run.selector, result.run.budget.slug)
-            chosen.setdefault(key, result.placement)
-    return chosen
-
-
-def selection(results: Results) -> Table:
-    """What each selector kept at each budget, and what choosing it cost."""
-    names = ("base", "selector", "budget", "kept")
-    columns = [Column(name, numeric=False) for name in names]
-    columns += [Column(name) for name in ("heads", "KV heads cached", "tokens", "time", "passes")]
-    rows, records = [], []
-    for (base, selector, budget), placement in placements(results).items():
-        cost = placement.cost
-        heads = f"{len(placement.softmax)} of {placement.layers * placement.heads}"
-        texts = (
-            *(base, selector, budget_text(budget), kept_text(placement), heads),
-            *(str(placement.cached_kv_heads()), count(cost.tokens), duration(cost.seconds)),
-            count(cost.forward_passes),
-        )
-        rows.append(tuple(map(Entry, texts)))
-        records.append(
-            {
-                **{"base": base, "selector": selector, "budget": budget},
-                "kept": kept_text(placement),
-                "heads": len(placement.softmax),
-                "fraction": placement.fraction(),
-                "cached_kv_heads": placement.cached_kv_heads(),
-                "tokens": cost.tokens,
-                "seconds": cost.seconds,
-                "forward_passes": cost.forward_passes,
-            }
-        )
-    return Table(
-        "selection",
-        "Selection: what was kept and what it cost",
-        "Layers (L) and query heads that stay softmax attention. Cost: tokens through any model, "
-        "wall time, forward passes; a shared alignment is not included.",
-        (Panel("", tuple(columns), tuple(rows)),),
-        (
-            *("base", "selector", "budget", "kept", "heads", "fraction", "cached_kv_heads"),
-            *("tokens", "seconds", "forward_passes"),
         ),
         records,
     )

@@ -28,7 +28,10 @@ def budget_text(slug: str) -> str:
         return f"{budget.layers} layer{'' if budget.layers == 1 else 's'}"
     if budget.heads is not None:
         return f"{budget.heads} head{'' if budget.heads == 1 else 's'}"
-    return f"{100 * (budget.fraction or 0):g} % of heads"
+    if budget.fraction is not None:
+        return f"{100 * budget.fraction:g} % of heads"
+    # exact: two budgets that round to the same KiB must not get the same title
+    return f"≤ {budget.kv_bytes_per_token:,} B KV/token"
 
 
 def kept_text(placement: Placement) -> str:
@@ -51,6 +54,14 @@ def kept_text(placement: Placement) -> str:
         )
         or "none"
     )
+
+
+def kept_memory(result: RunResult) -> tuple[int, int, float]:
+    """Kept query heads, all query heads, and KV bytes per token as measured on the student."""
+    placement = result.placement
+    assert placement is not None
+    total = placement.layers * placement.heads
+    return len(placement.softmax), total, result.efficiency.kv_bytes_per_token
 
 
 def cell_record(cell: Cell) -> dict[str, Any]:

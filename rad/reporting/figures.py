@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,13 +33,15 @@ bytes_axis = FuncFormatter(lambda value, _: size(value) if value else "0")
 def legend(figure: Figure, handles: Sequence[Any], handle_length: float = 2.0) -> None:
     """A legend above all panels with as many columns as the figure is wide enough for."""
     fitting = 1
+    labels = [len(str(handle.get_label())) for handle in handles]
     for columns in range(2, len(handles) + 1):
-        # entries run down the columns; 5.4 points a letter is wide for 8.5 point text
-        depth = math.ceil(len(handles) / columns)
+        # entries run down the columns, the first of which are one longer where it does not come
+        # out even; 5.4 points a letter is wide for 8.5 point text
+        depth, longer = divmod(len(labels), columns)
+        starts = [column * depth + min(column, longer) for column in range(columns + 1)]
         width = sum(
-            8.5 * (handle_length + 2.8)
-            + 5.4 * max(len(str(handle.get_label())) for handle in handles[start : start + depth])
-            for start in range(0, len(handles), depth)
+            8.5 * (handle_length + 2.8) + 5.4 * max(labels[start:end])
+            for start, end in pairwise(starts)
         )
         if width <= 72 * figure.get_figwidth():
             fitting = columns
@@ -59,7 +62,7 @@ def selector_legend(figure: Figure, names: Sequence[str], chosen: dict[str, Mark
     legend(figure, handles, 2.6)
 
 
-def _grid(
+def panel_grid(
     rows: int, columns: int, width: float, height: float, **shared: Any
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure of `rows` x `columns` panels, sizes per panel in inches, room for a legend."""
@@ -108,7 +111,7 @@ def _draw_series(axes: Axes, group: Sequence[RunResult], value: Value, mark: Mar
         axes.fill_between(tokens, lows, highs, color=mark.color, alpha=0.15, linewidth=0)
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
     """Logarithmic y axis with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
@@ -116,7 +119,7 @@ def _log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _note_if_empty(axes: Axes, text: str) -> None:
+def note_if_empty(axes: Axes, text: str) -> None:
     if not axes.lines:
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
 
@@ -125,15 +128,15 @@ def convergence_kl(results: Results, block: Block) -> Figure:
     """Held-out KL from the base against distillation tokens, one panel per teacher."""
     chosen = marks(results.study)
     width = 2.9 if len(block.teachers) > 1 else 5.0
-    figure, grid = _grid(1, len(block.teachers), width, 2.7, sharex=True, sharey=True)
+    figure, grid = panel_grid(1, len(block.teachers), width, 2.7, sharex=True, sharey=True)
     for axes, teacher in zip(grid[0], block.teachers, strict=True):
         panel_title(axes, f"teacher: {teacher}")
         for cell in block.cells:
             if cell.teacher == teacher:
                 group = members(results, cell)
                 _draw_series(axes, group, lambda point: point.held_out_kl, chosen[cell.selector])
-        _log_axis(axes)
-        _note_if_empty(axes, "no held-out KL was logged")
+        log_axis(axes)
+        note_if_empty(axes, "no held-out KL was logged")
         axes.xaxis.set_major_formatter(tokens_axis)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel("distillation tokens")
@@ -162,7 +165,7 @@ def convergence_probe(results: Results, block: Block) -> Figure:
     alone = len(block.teachers) == 1
     columns = min(3, len(names)) if alone else len(block.teachers)
     rows = math.ceil(len(wanted) / columns)
-    figure, grid = _grid(rows, columns, 2.9, 2.0, sharex=True, sharey=True)
+    figure, grid = panel_grid(rows, columns, 2.9, 2.0, sharex=True, sharey=True)
     panels = [axes for axes_row in grid for axes in axes_row]
     for axes in panels[len(wanted) :]:
         axes.set_visible(False)
@@ -175,7 +178,7 @@ def convergence_probe(results: Results, block: Block) -> Figure:
             if cell.teacher == teacher:
                 group = members(results, cell)
                 _draw_series(axes, group, _probe_value(name), chosen[cell.selector])
-        _note_if_empty(axes, "no probe scores were logged")
+        note_if_empty(axes, "no probe scores were logged")
         axes.set_ylim(-4, 104)
         axes.set_yticks([0, 25, 50, 75, 100])
         axes.xaxis.set_major_formatter(tokens_axis)
@@ -203,7 +206,7 @@ def convergence_faithful(results: Results) -> Figure:
     chosen = marks(results.study)
     everything = cells(results.study, "faithful")
     titles = row_titles(everything)
-    figure, grid = _grid(1, 1, 6.2, 2.6)
+    figure, grid = panel_grid(1, 1, 6.2, 2.6)
     axes = grid[0][0]
     seen: dict[str, int] = {}
     for cell in trained(results.study, everything):
@@ -214,7 +217,7 @@ def convergence_faithful(results: Results) -> Figure:
         mark = Mark(base.color, base.marker, dashes)
         _draw_series(axes, members(results, cell), lambda point: point.held_out_kl, mark)
         axes.plot([], [], marker=mark.marker, label=titles[cell], **mark.line)
-    _log_axis(axes)
+    log_axis(axes)
     axes.xaxis.set_major_formatter(tokens_axis)
     axes.set_xlabel("distillation tokens")
     axes.set_ylabel("held-out KL from the base\n(nats / token)")
@@ -273,7 +276,7 @@ def scores(results: Results, block: Block) -> Figure:
                 at += 1
         ticks.append(((start + at - 1) / 2, f"teacher:\n{teacher}"))
         at += 0.8
-    figure, grid = _grid(1, len(everything), 2.75, 0.21 * at + 1.1, sharey=True)
+    figure, grid = panel_grid(1, len(everything), 2.75, 0.21 * at + 1.1, sharey=True)
     guides = _guides(results, block.base)
     for axes, family in zip(grid[0], everything, strict=True):
         tasks = f" ({len(family.tasks)} tasks)" if len(family.tasks) > 1 else ""
@@ -318,7 +321,9 @@ def score_vs_kv(results: Results) -> Figure:
         if (cell is not None and cell.base in bases) or (cell is None and title in bases)
     ]
     height = 2.05 if len(teachers) > 1 else 2.5
-    figure, grid = _grid(len(teachers), len(everything), 2.9, height, sharex=True, sharey="col")
+    figure, grid = panel_grid(
+        len(teachers), len(everything), 2.9, height, sharex=True, sharey="col"
+    )
     widest = max(
         [result.efficiency.kv_bytes_per_token for _, group in guides for result in group]
         + [members(results, cell)[0].efficiency.kv_bytes_per_token for cell in members_of]

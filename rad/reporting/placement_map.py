@@ -14,9 +14,9 @@ from matplotlib.ticker import MaxNLocator
 
 from rad.placement import Placement
 from rad.reporting.collect import Results
-from rad.reporting.cost_tables import placements
 from rad.reporting.describe import budget_text
 from rad.reporting.figures import legend
+from rad.reporting.selection_tables import placements
 from rad.reporting.statistics import Array
 from rad.reporting.style import GRID, INK, MUTED, marks, new_figure, panel_title
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rad.settings import NEEDS
 from rad.study import Run, Study
 
 # everything but the selector, the teacher and the seed: what a controlled comparison holds fixed
@@ -134,6 +135,75 @@ def uniform_selectors(study: Study) -> list[str]:
     ]
 
 
+def model_based(study: Study) -> set[str]:
+    """Selectors that run a model to choose; a method of the user's own counts as one."""
+    return {
+        name
+        for name, settings in study.selector_settings.items()
+        if "model" in NEEDS.get(str(getattr(settings, "method", name)), ("model",))
+    }
+
+
+@dataclass(frozen=True)
+class CostGroup:
+    """Cells of one teacher that differ by selector and budget: what choosing well may cost."""
+
+    suffix: str  # as of `Block`, without the budget
+    teacher: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def selectors(self) -> list[str]:
+        """Selectors in grid order."""
+        return list(dict.fromkeys(cell.selector for cell in self.cells))
+
+    @property
+    def budgets(self) -> list[str]:
+        """Budgets in grid order."""
+        return list(dict.fromkeys(cell.budget for cell in self.cells))
+
+
+def cost_groups(study: Study) -> list[CostGroup]:
+    """Controlled cells to hold against what their selection cost.
+
+    Self-distilled where the grid has it, else of the first teacher. Groups in which fewer than two
+    selectors run a model have nothing to compare, nor have those without curves and scores.
+    """
+    kept = [name for name in FIXED if name != "budget"]
+    grouped: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells(study, "controlled"):
+        grouped.setdefault(tuple(str(getattr(cell, name)) for name in kept), []).append(cell)
+    varying = [index for index in range(len(kept)) if len({fixed[index] for fixed in grouped}) > 1]
+    scored = any(task.kind != "perplexity" for task in study.evaluation.tasks.values())
+    costly, groups = model_based(study), []
+    for fixed, members in grouped.items():
+        teachers = list(dict.fromkeys(cell.teacher for cell in members))
+        teacher = "self" if "self" in teachers else teachers[0]
+        chosen = tuple(cell for cell in members if cell.teacher == teacher)
+        several = len({cell.selector for cell in chosen} & costly) > 1
+        if several and (scored or trained(study, chosen)):
+            suffix = "".join(f"-{fixed[index]}" for index in varying)
+            groups.append(CostGroup(suffix, teacher, chosen))
+    return groups
+
+
+def shared_budgets(study: Study) -> dict[tuple[str, str], list[str]]:
+    """(base, budget) -> the selectors used there in any view, where there are several.
+
+    Empty when no budget has two selectors that run a model: uniform alone agrees with nobody.
+    """
+    gathered: dict[tuple[str, str], dict[str, None]] = {}
+    for run in study.run_table.values():
+        gathered.setdefault((run.base, run.budget.slug), {})[run.selector] = None
+    costly = model_based(study)
+    if not any(len(names.keys() & costly) > 1 for names in gathered.values()):
+        return {}
+    order = list(dict.fromkeys(run.selector for run in study.run_table.values()))
+    return {
+        key: sorted(names, key=order.index) for key, names in gathered.items() if len(names) > 1
+    }
+
+
 def row_titles(members: Iterable[Cell]) -> dict[Cell, str]:
     """A title per cell: its label, or what tells it apart when the label does not."""
     members = list(members)
@@ -160,7 +230,12 @@ def table_names(study: Study) -> list[str]:
     if "reference" in present or study.references:
         names.append("references")
     if study.run_table:
-        names += ["selection", "heldout"]
+        names.append("selection")
+        if cost_groups(study):
+            names.append("selection_cost")
+        if shared_budgets(study):
+            names.append("agreement")
+        names.append("heldout")
     return [*names, "efficiency"]
 
 
@@ -175,7 +250,12 @@ def figure_names(study: Study) -> list[str]:
         names.append(f"scores{block.suffix}")
     present = views(study)
     if "controlled" in present:
-        names += ["placements", "score_vs_kv"]
+        names.append("placements")
+        names += [f"selection_cost{group.suffix}" for group in cost_groups(study)]
+    if shared_budgets(study):
+        names.append("agreement")
+    if "controlled" in present:
+        names.append("score_vs_kv")
     if "faithful" in present:
         if trained(study, cells(study, "faithful")):
             names.append("convergence_faithful")

@@ -17,11 +17,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rad.files import write_text
-from rad.reporting import figures, placement_map
+from rad.reporting import figures, placement_map, selection_figures
 from rad.reporting.collect import Results, collect
 from rad.reporting.describe import block_title
 from rad.reporting.facts import facts
-from rad.reporting.plan import blocks, figure_names, views
+from rad.reporting.plan import blocks, cost_groups, figure_names, views
 from rad.reporting.style import marks, save, styled
 from rad.reporting.tables import write_tables
 from rad.reporting.writers import Table, count, duration
@@ -33,6 +33,8 @@ _ALT = {
     "convergence_faithful": "Held-out KL of the faithful runs against distillation tokens",
     "scores": "Scores with 95 % intervals per family, teacher and selector",
     "score_vs_kv": "Score against KV cache bytes per token, per family and teacher",
+    "selection_cost": "Held-out KL and mean score against what the selection cost",
+    "agreement": "Overlap of kept heads and rank correlation of scores, selector by selector",
     "placements": "Which layers and heads each selector kept",
     "placements_faithful": "Which layers and heads the faithful runs kept",
 }
@@ -44,11 +46,16 @@ def figure_makers(results: Results) -> dict[str, Callable[[], Figure]]:
         "placements": partial(placement_map.placement_map, results, "controlled"),
         "placements_faithful": partial(placement_map.placement_map, results, "faithful"),
         "score_vs_kv": partial(figures.score_vs_kv, results),
+        "agreement": partial(selection_figures.agreement, results),
         "convergence_faithful": partial(figures.convergence_faithful, results),
     }
     for block in blocks(results.study):
         for name in ("convergence_kl", "convergence_probe", "scores"):
             makers[f"{name}{block.suffix}"] = partial(getattr(figures, name), results, block)
+    for group in cost_groups(results.study):
+        makers[f"selection_cost{group.suffix}"] = partial(
+            selection_figures.selection_cost, results, group
+        )
     return {name: makers[name] for name in figure_names(results.study)}
 
 
@@ -143,6 +150,7 @@ def render(results: Results, tables: dict[str, Table], folder: Path) -> str:
         title=study.title or study.folder,
         study=study,
         blocks=[(block.suffix, block_title(block)) for block in blocks(study)],
+        costs=[group.suffix for group in cost_groups(study)],
         views=views(study),
         # with one teacher this section would repeat the controlled table
         several_teachers=any(len(block.teachers) > 1 for block in blocks(study)),

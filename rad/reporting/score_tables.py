@@ -16,6 +16,7 @@ from rad.reporting.describe import (
     cell_record,
     estimate_fields,
     interval_fields,
+    kept_memory,
     reference_rows,
 )
 from rad.reporting.plan import Block, blocks, cells, row_titles, views
@@ -30,14 +31,13 @@ from rad.reporting.scores import (
     uniform_of,
     uniform_run_of,
 )
-from rad.reporting.writers import Column, Entry, Panel, Table, score_entry, size
+from rad.reporting.writers import MISSING, Column, Entry, Panel, Table, score_entry, size
 
 SCORE_FIELDS = (
     *("run", "view", *CELL_FIELDS, "seed", "task", "family", "metric"),
     *("value", "low", "high", "n"),
     *("difference_to_uniform", "difference_low", "difference_high"),
 )
-MISSING = Entry("–")
 
 
 # --- the tidy form of everything ------------------------------------------------------------
@@ -83,8 +83,17 @@ def score_records(results: Results, chosen: Sequence[Family]) -> list[dict[str, 
 def _controlled_panel(
     results: Results, block: Block, chosen: Sequence[Family]
 ) -> tuple[Panel, list[dict[str, Any]]]:
-    columns = [Column("selector", numeric=False)]
-    entries: dict[str, list[Entry]] = {selector: [] for selector in block.selectors}
+    columns = [Column("selector", numeric=False), Column("heads"), Column("KV/token")]
+    memory = {
+        selector: kept_memory(members(results, cell)[0])
+        for selector in block.selectors
+        for cell in block.cells
+        if cell.selector == selector
+    }
+    entries: dict[str, list[Entry]] = {
+        selector: [Entry(f"{kept}/{total}"), Entry(size(kv))]
+        for selector, (kept, total, kv) in memory.items()
+    }
     records = []
     for teacher in block.teachers:
         uniform = uniform_of(results, block, teacher)
@@ -116,6 +125,8 @@ def _controlled_panel(
                 records.append(
                     {
                         **cell_record(cell),
+                        "heads": memory[selector][0],
+                        "kv_bytes_per_token": memory[selector][2],
                         "family": family.name,
                         "metric": family.metric,
                         **estimate_fields(value),
@@ -142,11 +153,13 @@ def controlled(results: Results) -> Table:
         "controlled",
         "Controlled comparison",
         "Only the selector differs within a teacher. Score with 95 % interval; below it (Δ) the "
-        "paired difference to uniform with the same teacher. Bold: best of the column. "
+        "paired difference to uniform with the same teacher. Bold: best of the column. As many "
+        "heads can cache different bytes: both are given. "
         + (f"{seeds} seeds. {SEED_NOTE}" if seeds > 1 else "One seed."),
         tuple(panels),
         (
-            *("view", *CELL_FIELDS, "seeds", "family", "metric", "value", "low", "high", "n"),
+            *("view", *CELL_FIELDS, "seeds", "heads", "kv_bytes_per_token"),
+            *("family", "metric", "value", "low", "high", "n"),
             *("difference_to_uniform", "difference_low", "difference_high", "best"),
         ),
         records,

@@ -121,6 +121,21 @@ def estimate(group: Sequence[RunResult], family: Family) -> Estimate:
     )
 
 
+def mean_score(results: Results, group: Sequence[RunResult]) -> Estimate | None:
+    """Mean over families of shares, each family the mean of its tasks; None without such tasks.
+
+    Perplexities are left out: they are no shares.
+    """
+    counted = [family for family in families(results) if family.is_share]
+    tasks = [(task.name, 1 / len(family.tasks)) for family in counted for task in family.tasks]
+    if not tasks:
+        return None
+    return mean_estimate(
+        [list(pooled(group, name).values()) for name, _ in tasks],
+        shares=[share for _, share in tasks],
+    )
+
+
 def difference(group: Sequence[RunResult], other: Sequence[RunResult], family: Family) -> Estimate:
     """Paired difference `group` minus `other`, in the unit of `estimate`."""
     first: list[Documents] = [pooled(group, task.name) for task in family.tasks]

@@ -1,9 +1,10 @@
 """Intervals for scores: Wilson, bootstrap, paired and stratified. numpy only, no I/O.
 
 A *stratum* is the documents of one task. A family is a list of strata and its value is the mean of
-the task means, so that a task with more documents does not weigh more; within a task documents may
-have weights (tokens, for perplexity). All bootstraps resample documents within their stratum with
-a fixed seed and take percentiles, so the same call gives the same numbers.
+the task means, so that a task with more documents does not weigh more; `shares` weigh the task
+means against each other where they stand for families of different size. Within a task documents
+may have weights (tokens, for perplexity). All bootstraps resample documents within their stratum
+with a fixed seed and take percentiles, so the same call gives the same numbers.
 
 References: Wilson, JASA 22 (1927); Efron and Tibshirani, An Introduction to the Bootstrap (1993),
 chapter 13; Miller, arXiv 2411.00640 (paired differences between models).
@@ -94,17 +95,21 @@ def _means(
     transform: Transform | None,
     resamples: int,
     seed: int,
+    shares: Sequence[float] | None = None,
 ) -> tuple[Array, Array]:
     """The mean of stratum means, and its bootstrap samples, both transformed."""
     own: Sequence[Array | None] = weights if weights is not None else [None] * len(arrays)
     pairs = list(zip(arrays, own, strict=True))
-    point = np.mean([np.average(array, weights=weight) for array, weight in pairs])
-    samples: Array = np.mean(
+    point = np.average(
+        [np.average(array, weights=weight) for array, weight in pairs], weights=shares
+    )
+    samples: Array = np.average(
         [
             _resampled_means(array, weight, index, resamples, seed)
             for index, (array, weight) in enumerate(pairs)
         ],
         axis=0,
+        weights=shares,
     )
     if transform is None:
         return np.asarray(point), samples
@@ -132,6 +137,7 @@ def bootstrap_mean(
     transform: Transform | None = None,
     weights: Sequence[Values] | None = None,
     *,
+    shares: Sequence[float] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -139,7 +145,7 @@ def bootstrap_mean(
     """Mean of stratum means with a percentile interval; `transform` is applied to the means."""
     arrays = _as_strata(strata)
     scales = None if weights is None else _as_strata(weights)
-    point, samples = _means(arrays, scales, transform, resamples, seed)
+    point, samples = _means(arrays, scales, transform, resamples, seed, shares)
     low, high = _percentiles(samples, level)
     return Estimate(float(point), low, high, sum(array.size for array in arrays))
 
@@ -149,6 +155,7 @@ def mean_estimate(
     transform: Transform | None = None,
     weights: Sequence[Values] | None = None,
     *,
+    shares: Sequence[float] | None = None,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
     seed: int = SEED,
@@ -165,7 +172,9 @@ def mean_estimate(
         if len(arrays) == 1 or successes in (0.0, float(total)):
             low, high = wilson(successes, total, level)
             return Estimate(successes / total, low, high, total)
-    return bootstrap_mean(strata, transform, weights, level=level, resamples=resamples, seed=seed)
+    return bootstrap_mean(
+        strata, transform, weights, shares=shares, level=level, resamples=resamples, seed=seed
+    )
 
 
 def paired_difference(

@@ -86,6 +86,7 @@ _SPARE = (
     Mark("#7f4f24", "<", ()),
     Mark("#000000", ">", (1.2, 1.2)),
 )
+_MORE_MARKERS = ("h", "*", "p", "d", "s")
 
 
 def marks(study: Study) -> dict[str, Mark]:
@@ -96,7 +97,13 @@ def marks(study: Study) -> dict[str, Mark]:
         if name in _KNOWN:
             chosen[name] = _KNOWN[name]
         else:
-            chosen[name] = _SPARE[spare % len(_SPARE)]
+            turn, index = divmod(spare, len(_SPARE))
+            mark = _SPARE[index]
+            if turn:
+                # colours repeat, so the marker and the dashes must not
+                marker = _MORE_MARKERS[(index + turn - 1) % len(_MORE_MARKERS)]
+                mark = Mark(mark.color, marker, (1.0 + 2.0 * turn, 1.4))
+            chosen[name] = mark
             spare += 1
     return chosen
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rad.files import write_text
-from rad.reporting import cost_tables, score_tables
+from rad.reporting import cost_tables, score_tables, selection_tables
 from rad.reporting.collect import Results
 from rad.reporting.plan import table_names
 from rad.reporting.scores import families, single_tasks
@@ -18,7 +18,9 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "teachers": score_tables.teachers,
     "faithful": score_tables.faithful,
     "references": score_tables.references,
-    "selection": cost_tables.selection,
+    "selection": selection_tables.selection,
+    "selection_cost": selection_tables.selection_cost,
+    "agreement": selection_tables.agreement,
     "heldout": cost_tables.heldout,
     "efficiency": cost_tables.efficiency,
 }

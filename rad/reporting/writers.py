@@ -28,6 +28,9 @@ class Entry:
     best: bool = False
 
 
+MISSING = Entry("–")
+
+
 @dataclass(frozen=True)
 class Column:
     """A column; neighbours with the same `group` share a heading above theirs."""
@@ -109,6 +112,16 @@ def count(value: float | None) -> str:
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.0f}"
+
+
+def operations(value: float | None) -> str:
+    """FLOPs with the prefixes of SI."""
+    if value is None:
+        return "–"
+    for scale, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:,.0f}"
 
 
 def size(value: float | None) -> str:
@@ -238,6 +251,7 @@ _LATEX = {
     "↓": r"$\downarrow$",
     "Δ": r"$\Delta$",
     "×": r"$\times$",
+    "≤": r"$\leq$",
     MINUS: r"$-$",
     "–": "--",
 }

@@ -5,50 +5,140 @@ Part of `rad.settings`, which re-exports what other modules need. No torch, no t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rad.mixer_settings import Settings
 
 
 class UniformSettings(Settings):
     method: Literal["uniform"] = "uniform"
+    unit: Literal["layers", "heads"] = Field(
+        "layers",
+        description="`layers`: whole layers; `heads`: single heads, spread as `spread` says",
+    )
     offset: int | None = Field(
-        None, description="first kept layer; default: centred, so the gaps at both ends are equal"
+        None,
+        ge=0,
+        description="first kept layer, or head of the spread; default: centred, so the gaps at "
+        "both ends are equal. The published lists use 0, 1, 3 or 6, depending on the model",
+    )
+    spread: Literal["per_layer", "flat"] = Field(
+        "per_layer",
+        description="with unit heads. `per_layer`: the same number in every layer, left-over heads "
+        "in evenly spaced layers; `flat`: every n-th of all heads, layer after layer",
     )
 
 
 class RadSettings(Settings):
     method: Literal["rad"] = "rad"
-    objective: Literal["acceptance", "speed_up", "matchness"] = Field(
+    objective: Literal["acceptance", "speed_up", "matchness", "throughput"] = Field(
         "acceptance",
         description="`acceptance`: accepted share of drafted tokens while decoding; `speed_up`: "
-        "modelled tokens per second of decoding; `matchness`: teacher-forced argmax agreement",
+        "modelled tokens per second of decoding; `matchness`: teacher-forced argmax agreement "
+        "(SWIFT), the cheapest; `throughput`: measured tokens per second against plain decoding "
+        "(RAD, section 3.1), the only one whose result depends on the machine",
     )
-    evaluations: int = Field(80, ge=1, description="skip sets tried by the search")
-    initial: int = Field(8, ge=1, description="random skip sets before the surrogate is used")
-    prompts: int = Field(16, ge=1, description="calibration prompts")
-    prompt_tokens: int = Field(48, ge=1, description="length of a calibration prompt")
-    new_tokens: int = Field(32, ge=2, description="tokens decoded per prompt")
-    max_draft: int = Field(8, ge=1, description="longest draft before verification")
+    search: Literal["auto", "bayesian", "greedy", "exhaustive"] = Field(
+        "auto",
+        description="`bayesian`: Gaussian process over skip sets (RAD, section 3.1); `greedy`: one "
+        "layer at a time, whatever `evaluations`; `exhaustive`: all sets; `auto`: all when there "
+        "are no more than `evaluations`, else bayesian (default)",
+    )
+    discretisation: Literal["top_k", "threshold"] = Field(
+        "top_k",
+        description="of a point of the relaxed box (RAD, appendix D): `top_k` keeps the budget; "
+        "`threshold` first searches sets of any size, reports them, and starts the budgeted "
+        "search from their values; needs `speed_up` or `throughput`",
+    )
+    evaluations: int = Field(80, ge=1, description="skip sets tried by the search (default)")
+    initial: int = Field(8, ge=1, description="random sets before the surrogate is used (default)")
+    prompts: int = Field(16, ge=1, description="calibration prompts (default)")
+    prompt_tokens: int = Field(48, ge=1, description="length of a calibration prompt (default)")
+    new_tokens: int = Field(32, ge=2, description="tokens decoded per prompt (Draft & Verify)")
+    max_draft: int = Field(8, ge=1, description="longest draft before verification (same)")
     exit_threshold: float = Field(
-        0.6, ge=0, le=1, description="stop drafting when the top-1 probability falls below"
+        0.6, ge=0, le=1, description="stop drafting when the top-1 probability falls below (same)"
     )
     adaptive_exit: bool = Field(
-        True, description="move the threshold towards 90 % acceptance while decoding"
+        True, description="move the threshold towards 90 % acceptance while decoding (same)"
+    )
+    finalists: int = Field(
+        5, ge=1, description="`throughput`: best sets of the search that are timed again (default)"
+    )
+    repeats: int = Field(
+        3, ge=1, description="`throughput`: timings of a finalist, the median decides (default)"
+    )
+    timed_prompts: int = Field(
+        2, ge=0, description="prompts decoded to report the measured speed-up; 0: none (default)"
+    )
+    agreement_seeds: int = Field(
+        0,
+        ge=0,
+        description="other calibration draws searched with `matchness`, whose sets the report "
+        "compares with the chosen one (default)",
     )
     seed: int = 0
 
 
 class KLGuidedSettings(Settings):
     method: Literal["kl_guided"] = "kl_guided"
-    variant: Literal["ga_s2"] = Field("ga_s2", description="restore one layer, KL after training")
+    variant: Literal["ga_s2", "ga_s1", "gr_s2", "gr_s1", "avg_s2", "avg_s1", "swap"] = Field(
+        "ga_s2",
+        description="`ga`: restore one layer of the all-linear student; `gr`: linearise one layer "
+        "of the base; `avg`: mean of both ranks; `s2`: KL after training, `s1`: loss of stage 1; "
+        "`swap`: `ga` without training (default: KL-guided, section 2.2)",
+    )
+    greedy: Literal["one_shot", "sequential"] = Field(
+        "one_shot",
+        description="`one_shot`: the K best at once (as published); `sequential`: score the "
+        "remaining layers again after every choice, at K times the cost (the same for `s1`)",
+    )
+    score: Literal["held_out", "training_loss"] = Field(
+        "held_out",
+        description="`held_out`: KL on a fixed held-out slice; `training_loss`: mean of the last "
+        "steps' training losses (as published)",
+    )
+    score_step: int | None = Field(
+        None, ge=1, description="step at which `training_loss` is read; default: the last"
+    )
+    score_window: int = Field(
+        10, ge=1, description="steps whose training loss is averaged (published: 10)"
+    )
     mixer: str = Field("mamba2", description="mixer of the all-linear student (a key of `mixers`)")
-    tokens: int = Field(gt=0, description="training tokens per candidate layer")
+    tokens: int = Field(
+        0,
+        ge=0,
+        description="training tokens per candidate layer; the `s2` variants need them (published: "
+        "200 to 600 million)",
+    )
     batch_size: int = Field(16, gt=0, description="rows per step")
     learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "constant", "wsd"] = Field(
+        "cosine", description="of the learning rate (published: constant)"
+    )
     held_out_rows: int = Field(64, gt=0, description="fixed held-out slice that scores a candidate")
+    early_stop: bool = Field(
+        False,
+        description="train all candidates side by side and stop when the best K have changed by "
+        "at most one layer in three checks and 15 % is spent (default rule: the published one has "
+        "no numbers); all students are in memory at once",
+    )
+    check_every: int = Field(
+        100, ge=1, description="steps between the checks of `early_stop`, and their loss window"
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> KLGuidedSettings:
+        if self.variant.endswith("_s2") and not self.tokens:
+            raise ValueError(f"variant {self.variant} trains its candidates: it needs tokens")
+        if self.greedy == "sequential" and self.variant == "avg_s2":
+            raise ValueError(
+                "variant avg_s2 ranks two kinds of candidates that have no common next step: use "
+                "greedy one_shot, or variant ga_s2 or gr_s2"
+            )
+        return self
 
 
 class RetrievalAwareSettings(Settings):
@@ -59,49 +149,260 @@ class RetrievalAwareSettings(Settings):
         "`copy`: repeated blocks of random tokens, for bases that never saw dictionaries; "
         "`repeat`: repeated pieces of the corpus, for bases that copy text only",
     )
-    samples: int = Field(128, ge=1, description="probe prompts per head")
-    pairs: int = Field(10, ge=2, le=100, description="key/value pairs of a `dictionary`")
+    samples: int = Field(128, ge=1, description="probe prompts per head and seed (paper: not said)")
+    seeds: int = Field(
+        1,
+        ge=1,
+        description="independent probes whose scores are averaged; the agreement of their "
+        "rankings is reported (with one: of its two halves)",
+    )
+    pairs: Literal["auto"] | Annotated[int, Field(ge=2, le=100)] = Field(
+        "auto",
+        description="key/value pairs of a `dictionary`; `auto`: as many as bring the intact base "
+        "to 60-95 % accuracy (default; the paper does not say)",
+    )
     tokens: int = Field(96, ge=16, description="length of a `nano`, `copy` or `repeat` probe")
-    batch_size: int = Field(64, ge=1)
+    score: Literal["margin", "accuracy", "candidate_accuracy"] = Field(
+        "margin",
+        description="what a head's loss is measured by: `accuracy` over the full vocabulary "
+        "(paper), `candidate_accuracy` among the prompt's values (its predecessor), or the "
+        "`margin` in nats between the answer and the likeliest wrong value, which ranks on where "
+        "accuracy does not move",
+    )
+    threshold: float | None = Field(
+        None,
+        description="keep only heads that score above it; the budget is then the most that may "
+        "stay and has to be `kv_bytes_per_token`, or to name the very number",
+    )
+    control: Literal["none", "random", "bottom", "shifted"] = Field(
+        "none",
+        description="baselines with as many heads: `random`, the `bottom` of the ranking, or the "
+        "ranks after the first `shift`",
+    )
+    shift: int | None = Field(
+        None, ge=1, description="of control `shifted`; default: 3 k (published: ranks 31-40, k 10)"
+    )
+    prefilter: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="ablate only this share of the heads, the first by the gradients of the margin "
+        "with respect to a gate on each head; default: all heads",
+    )
+    prefilter_recall: bool = Field(
+        False,
+        description="with `prefilter`: ablate the others too, only to report how many of the true "
+        "first heads the filter found",
+    )
+    unfit_probe: Literal["error", "warn"] = Field(
+        "error", description="when the intact base is no better than chance on the probe"
+    )
+    batch_size: int = Field(64, ge=1, description="probe prompts per pass")
+    head_batch: int | None = Field(
+        None, ge=1, description="heads ablated in one pass; default: 1 on a CPU, else a layer's"
+    )
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> RetrievalAwareSettings:
+        if self.control != "none" and self.threshold is not None:
+            raise ValueError(f"control {self.control} has no use for a threshold: leave it out")
+        if self.control != "none" and self.prefilter is not None:
+            raise ValueError(f"control {self.control} needs every head's score, not a prefilter")
+        if self.shift is not None and self.control != "shifted":
+            raise ValueError("shift belongs to control shifted")
+        if self.prefilter_recall and self.prefilter is None:
+            raise ValueError("prefilter_recall needs prefilter, a share of the heads")
+        return self
 
 
 class RandomSettings(Settings):
     method: Literal["random"] = "random"
     unit: Literal["layers", "heads"] = Field("layers", description="what is drawn")
-    seed: int = 0
+    seed: int = Field(0, description="kept sets of one seed are nested; report three seeds")
 
 
-class SmartSettings(Settings):
+class TextSettings(Settings):
+    """Keys of the selectors that read rows of the corpus."""
+
+    rows: int = Field(64, ge=1, description="calibration rows of the corpus; default")
+    batch_size: int = Field(16, ge=1, description="rows or prompts per model call")
+    seed: int = Field(0, description="which rows and prompts")
+
+
+class SmartSettings(TextSettings):
+    """Zebra-Llama's layer choice, as the KL-guided sheet (section 3) describes it."""
+
     method: Literal["smart"] = "smart"
+    sensitivity: Literal["restore", "linearise", "zero"] = Field(
+        "restore",
+        description="`restore` (published): KL of the all-linear student less its KL with the "
+        "layer put back, without training; `linearise`, `zero`: KL of the base with the layer "
+        "alone linear, or silent (the last needs no alignment)",
+    )
+    mixer: str = Field("mamba2", description="mixer of the aligned layers (a key of `mixers`)")
 
 
-class HaloSettings(Settings):
+class HaloSettings(TextSettings):
+    """HALO's score (arXiv 2601.22156): recall lost per common-sense accuracy lost."""
+
     method: Literal["halo"] = "halo"
+    score: Literal["ratio", "recall"] = Field(
+        "ratio",
+        description="`ratio`: the paper's; `recall`: the drop of recall alone (its comparison with "
+        "Jet-Nemotron)",
+    )
+    recall: list[Literal["ar", "ar_mh", "vt", "cwe"]] = Field(
+        ["ar", "vt"],
+        min_length=1,
+        description="probes whose mean accuracy is the recall; the paper has SQuAD, FDA and SWDE, "
+        "which small bases cannot do: default",
+    )
+    style: Literal["auto", "nano", "text"] = Field(
+        "auto", description="wording of the probes; `auto`: `nano` for the nano tokenizer"
+    )
+    samples: int = Field(128, ge=1, description="prompts per probe; default")
+    tokens: int = Field(96, ge=32, description="length of a `nano` prompt; default")
+    pairs: int = Field(50, ge=4, description="statements of a `text` prompt")
+    epsilon: float = Field(1e-6, gt=0, description="added to the common-sense gap (paper)")
+    clip: float = Field(50.0, gt=0, description="largest score (published code)")
+    endpoints: bool = Field(
+        False, description="always keep the first and the last layer (MiniCPM-SALA)"
+    )
+    mixer: str = Field("mamba2", description="mixer of the aligned layers (a key of `mixers`)")
 
 
 class RecallAblationSettings(Settings):
+    """The layer ablations that the KL-guided paper compares itself with (its sheet, section 3)."""
+
     method: Literal["ar", "ar_mh", "vt", "cwe"]
+    style: Literal["auto", "nano", "text"] = Field(
+        "auto", description="wording of the prompts; `auto`: `nano` for the nano tokenizer"
+    )
+    samples: int = Field(500, ge=1, description="prompts per layer (published)")
+    pairs: int = Field(50, ge=4, description="key/value pairs of a `text` prompt (published)")
+    tokens: int = Field(96, ge=32, description="length of a `nano` prompt; default")
+    move: Literal["zero", "linearise"] = Field(
+        "zero",
+        description="`zero` (published): the layer's attention adds nothing; `linearise`: its "
+        "aligned mixer takes over",
+    )
+    mixer: str | None = Field(
+        None, description="with move linearise: mixer of the converted layers (a key of `mixers`)"
+    )
+    scoring: Literal["forced", "generated"] = Field(
+        "forced",
+        description="`forced`: every token of the answer is the most likely one, in one pass; "
+        "`generated` (published): the answer is looked for in generated text, which also accepts "
+        "17 for 7",
+    )
+    metric: Literal["accuracy", "log_probability"] = Field(
+        "accuracy",
+        description="what a layer costs: `accuracy` (published) or nats per answer, which still "
+        "ranks where accuracy does not move; scoring generated has accuracy only",
+    )
+    max_new_tokens: int = Field(200, ge=1, description="with scoring generated (published)")
+    batch_size: int = Field(32, ge=1, description="prompts per model call")
+    seed: int = Field(0, description="which prompts")
 
 
-class LmPplSettings(Settings):
+class LmPplSettings(TextSettings):
+    """LM-PPL of the KL-guided paper: its script is not public, the rule is its sheet's default."""
+
     method: Literal["lm_ppl"] = "lm_ppl"
+    move: Literal["zero", "linearise"] = Field(
+        "zero", description="`zero`: the layer's attention adds nothing; `linearise`: aligned mixer"
+    )
+    mixer: str | None = Field(
+        None, description="with move linearise: mixer of the converted layers (a key of `mixers`)"
+    )
 
 
-class ActivationMseSettings(Settings):
+class ActivationMseSettings(TextSettings):
+    """Act-MSE of the KL-guided paper: its script is not public, the rule is its sheet's default."""
+
     method: Literal["activation_mse"] = "activation_mse"
+    move: Literal["zero", "linearise"] = Field(
+        "zero", description="`zero`: the layer's attention adds nothing; `linearise`: aligned mixer"
+    )
+    mixer: str | None = Field(
+        None, description="with move linearise: mixer of the converted layers (a key of `mixers`)"
+    )
 
 
-class LeaveOneOutSettings(Settings):
+class LeaveOneOutSettings(TextSettings):
+    """Apriel-H1 (arXiv 2511.02651): leave one layer out, or convert progressively."""
+
     method: Literal["leave_one_out"] = "leave_one_out"
+    mode: Literal["one_shot", "progressive"] = Field(
+        "one_shot",
+        description="`one_shot`: rank by the loss of each layer alone; `progressive`: the first "
+        "conversions so, each later one by how well it distils in the current hybrid",
+    )
+    metric: Literal["accuracy", "loss"] = Field(
+        "accuracy",
+        description="next-token `accuracy` or `loss` on the corpus; the paper takes MMLU, which "
+        "small bases cannot do: default",
+    )
+    first_share: float = Field(
+        0.625,
+        ge=0,
+        le=1,
+        description="progressive: share of the conversions that the one-shot ranking decides (25 "
+        "of 40 in the paper)",
+    )
+    per_round: int = Field(
+        3, ge=1, description="progressive: layers converted per round (paper: 2-4)"
+    )
+    steps: int = Field(100, ge=1, description="progressive: training steps per candidate (paper)")
+    distil_steps: int = Field(
+        200, ge=0, description="progressive: training steps of the hybrid between rounds; default"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="progressive: of both trainings; default")
+    loss: Literal["reverse_kl", "kl"] = Field(
+        "reverse_kl", description="progressive: distillation loss (the paper prefers reverse KL)"
+    )
+    initialisation: Literal["qkvo", "aligned"] = Field(
+        "qkvo", description="progressive: start of a converted layer (paper: attention's weights)"
+    )
+    mixer: str | None = Field(
+        None, description="with mode progressive: mixer of the converted layers (a key of `mixers`)"
+    )
 
 
 class FlashMorphSettings(Settings):
+    """FlashMorph (arXiv 2606.30562): a gate per layer between attention and its linear branch."""
+
     method: Literal["flash_morph"] = "flash_morph"
+    tokens: int = Field(
+        100_000, ge=1, description="training tokens of the gates; the paper has 20 million"
+    )
+    sparsity: float = Field(0.1, ge=0, description="weight of the sum of the gates (paper)")
+    learning_rate: float = Field(2e-2, gt=0, description="at the start (paper)")
+    final_learning_rate: float = Field(2e-3, gt=0, description="at the end (paper)")
+    style: Literal["auto", "nano", "text"] = Field(
+        "auto", description="wording of the retrieval prompts; `auto`: `nano` for its tokenizer"
+    )
+    passkeys: int = Field(10, ge=1, description="passkeys hidden in a `text` prompt (paper)")
+    prompt_tokens: int = Field(96, ge=32, description="length of a prompt (paper: 1K-16K); default")
+    batch_size: int = Field(16, ge=1, description="prompts per step; default")
+    seed: int = Field(0, description="which prompts")
+    mixer: str = Field("mamba2", description="mixer of the linear branches (a key of `mixers`)")
 
 
 class PresetSettings(Settings):
+    """A list that a paper published; `rad/assets/selections.json` has them all with sources."""
+
     method: Literal["preset"] = "preset"
+    name: str | None = Field(
+        None, description="id of a list, e.g. set.kl.smart.qwen3b.k9; the other keys narrow down"
+    )
+    paper: str | None = Field(
+        None, description="e.g. kl_guided, retrieval_aware, halo, zebra_llama"
+    )
+    model: str | None = Field(None, description="the published model, e.g. Qwen2.5-3B-Instruct")
+    selector: str | None = Field(None, description="the published method, e.g. ga_s2, smart, ar")
+    probe_mixer: str | None = Field(None, description="mixer that the paper tried, e.g. GDN")
 
 
 class ExternalSettings(Settings):
@@ -128,4 +429,25 @@ SELECTOR_SETTINGS: dict[str, type[Settings]] = {
     "leave_one_out": LeaveOneOutSettings,
     "flash_morph": FlashMorphSettings,
     "preset": PresetSettings,
+}
+
+
+# what a method works from, besides the shape of the base; asked by the workflow and `rad select`
+NEEDS: dict[str, tuple[str, ...]] = {
+    "uniform": (),
+    "random": (),
+    "preset": (),
+    "rad": ("model", "corpus"),
+    "kl_guided": ("model", "corpus", "aligned"),
+    "retrieval_aware": ("model", "corpus"),
+    "smart": ("model", "corpus", "aligned"),
+    "halo": ("model", "corpus", "aligned"),
+    "ar": ("model",),
+    "ar_mh": ("model",),
+    "vt": ("model",),
+    "cwe": ("model",),
+    "lm_ppl": ("model", "corpus"),
+    "activation_mse": ("model", "corpus", "aligned"),
+    "leave_one_out": ("model", "corpus", "aligned"),
+    "flash_morph": ("model", "corpus", "aligned"),
 }

@@ -1,9 +1,7 @@
-"""Zeroing heads, the retrieval probes and the ranking of heads."""
+"""Zeroing heads, their scores on a probe, and which of them are kept."""
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,34 +9,17 @@ import selection_models as models
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
+from retrieval_fixture import build, context_of, nano
 
 from rad.placement import Budget, BudgetError
-from rad.selection import CostMeter, SelectionContext, SelectionError, calibration_rows, select
+from rad.selection import CostMeter, SelectionError, select
 from rad.selection import probes as probe_module
 from rad.selection.ablation import zero_heads
+from rad.selection.head_ablation import ablate_heads, gate_gradients
 from rad.selection.probes import Probe
-from rad.selection.retrieval_aware import ablate_heads, rank
+from rad.selection.retrieval_aware import rank
 from rad.settings import RetrievalAwareSettings
-
-
-class Plain:
-    """A tokenizer-like object with special ids only."""
-
-    bos_token_id = 1
-    all_special_ids = (0, 1, 2)
-
-
-def context_of(model: Any, budget: Budget, **chosen: Any) -> SelectionContext:
-    fields = {name: chosen.pop(name) for name in ("corpus",) if name in chosen}
-    tokenizer = chosen.pop("tokenizer", Plain())
-    small = {"probe": "copy", "samples": 4, "tokens": 24, "batch_size": 3}
-    settings = RetrievalAwareSettings(**{**small, **chosen})
-    return SelectionContext.for_model(model, budget, settings, tokenizer=tokenizer, **fields)
-
-
-def build(context: SelectionContext) -> Probe:
-    assert isinstance(context.settings, RetrievalAwareSettings)
-    return probe_module.build(context, context.settings)
 
 
 @torch.no_grad()
@@ -62,30 +43,57 @@ def test_zeroing_heads_equals_zeroed_columns(bias: bool) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("build_model", [models.random_llama, models.random_qwen3])
-def test_stored_prefixes_change_nothing(build_model: Any) -> None:
-    """Re-running from the ablated layer equals whole passes with the head zeroed."""
+@pytest.mark.parametrize("head_batch", [1, 3])
+def test_stored_prefixes_change_nothing(build_model: Any, head_batch: int) -> None:
+    """Re-running from the ablated layer, heads side by side, equals whole passes with it zeroed."""
     model = build_model()
     probe = build(context_of(model, Budget(heads=1)))
     meter = CostMeter()
-    found = ablate_heads(model, probe, batch_size=3, meter=meter)
+    found = ablate_heads(model, probe, batch_size=3, meter=meter, head_batch=head_batch)
 
-    def whole() -> tuple[float, float]:
+    def whole(measure: str) -> list[float]:
         log = model(probe.tokens).logits.log_softmax(-1)
         margins, correct = probe.score(log[probe.rows[:, None], probe.positions - 1])
-        return float(margins.mean()), float(correct.float().mean())
+        value = {"margin": margins, "accuracy": correct.float()}[measure]
+        return [float(value[probe.rows == row].mean()) for row in range(len(probe.tokens))]
 
-    assert whole() == pytest.approx((found.margin, found.accuracy), abs=1e-5)
-    layers = found.margins.shape[0]
-    for layer in range(layers):
-        for head in range(models.HEADS):
-            with zero_heads(model, [(layer, head)]):
-                margin, accuracy = whole()
-            assert float(found.margins[layer, head]) == pytest.approx(margin, abs=1e-5)
-            assert float(found.accuracies[layer, head]) == pytest.approx(accuracy, abs=1e-5)
+    layers = found.zeroed["margin"].shape[0]
+    for measure in ("margin", "accuracy"):
+        assert found.intact[measure].tolist() == pytest.approx(whole(measure), abs=1e-5)
+        for layer in range(layers):
+            for head in range(models.HEADS):
+                with zero_heads(model, [(layer, head)]):
+                    expected = whole(measure)
+                mine = found.zeroed[measure][layer, head].tolist()
+                assert mine == pytest.approx(expected, abs=1e-5)
     batches = 2
-    assert meter.forward_passes == batches * (layers * models.HEADS + 1)
+    passes = layers * -(-models.HEADS // head_batch)
+    assert meter.forward_passes == batches * (passes + 1)
     share = 1 + models.HEADS * sum(range(1, layers + 1)) / layers
     assert meter.tokens == pytest.approx(probe.tokens.numel() * share)
+
+
+@torch.no_grad()
+def test_gate_gradients_are_the_slope_of_the_margin() -> None:
+    """Against a finite difference: a head scaled a little by its columns of `o_proj`."""
+    model = models.random_llama.__wrapped__().double()
+    probe = build(context_of(model, Budget(heads=1)))
+    slopes = gate_gradients(model, probe, batch_size=3, gates=(1.0,))
+
+    def margin() -> float:
+        log = model(probe.tokens).logits.log_softmax(-1)
+        return float(probe.score(log[probe.rows[:, None], probe.positions - 1])[0].double().mean())
+
+    for layer, head in ((0, 1), (2, 3)):
+        weight = model.model.layers[layer].self_attn.o_proj.weight
+        columns = slice(head * models.HEAD_DIM, (head + 1) * models.HEAD_DIM)
+        kept, values = weight[:, columns].clone(), []
+        for scale in (1.001, 0.999):  # small: no other wrong token becomes the likeliest
+            weight[:, columns] = kept * scale
+            values.append(margin())
+        weight[:, columns] = kept
+        slope = (values[0] - values[1]) / 2e-3
+        assert float(slopes[layer, head]) == pytest.approx(slope, rel=0.02, abs=2e-4)
 
 
 ANSWERS = range(16, 24)
@@ -147,7 +155,8 @@ def test_a_planted_head_is_found(head: tuple[int, int], monkeypatch: pytest.Monk
     placement = select(context_of(model, Budget(heads=1)))
     assert placement.softmax == [head]
     report = placement.provenance["probe"]
-    assert report["intact_accuracy"] == 1
+    assert report["intact_accuracy"] == report["intact_candidate_accuracy"] == 1
+    assert report["chance"] == pytest.approx(1 / len(ANSWERS))
     assert report["accuracy_drop"][head[0]][head[1]] > 0.6
     assert placement.scores is not None
     drops = torch.tensor(placement.scores.values)
@@ -155,81 +164,146 @@ def test_a_planted_head_is_found(head: tuple[int, int], monkeypatch: pytest.Monk
     drops[head] = 0
     assert planted_drop > 2 and planted_drop > 10 * float(drops.abs().max())
     assert placement.kind(head[0]) == "hybrid"
+    assert report["stability"] == {
+        "of": "halves",
+        "spearman": pytest.approx(1, abs=1),
+        "overlap_of_kept": 1,
+    }
+    by_accuracy = select(context_of(model, Budget(heads=1), score="accuracy"))
+    assert by_accuracy.softmax == [head]
+    with pytest.raises(SelectionError, match=r"right in 1.000 .* share the cut; use score margin"):
+        select(context_of(model, Budget(heads=2), score="accuracy", unfit_probe="error"))
+    filtered = select(context_of(model, Budget(heads=1), prefilter=0.1, prefilter_recall=True))
+    assert filtered.softmax == [head]
+    assert filtered.provenance["probe"]["prefilter"]["recall"] == {"of_first": 1, "found": 1}
 
 
-def test_margin_and_correctness_of_one_and_two_tokens() -> None:
-    tokens = torch.tensor([[5, 1, 0, 0], [5, 6, 2, 3]])
-    probe = Probe(
-        tokens,
-        rows=torch.tensor([0, 1]),
-        positions=torch.tensor([[1, -1], [2, 3]]),
-        rivals=torch.tensor([[[2, 3], [-1, -1]], [[1, -1], [0, -1]]]),
-    )
-    p = torch.full((2, 2, 8), 0.01)
-    p[0, 0, [1, 2, 3]] = torch.tensor([0.5, 0.3, 0.1])
-    p[1, 0, [2, 1]] = torch.tensor([0.6, 0.2])
-    p[1, 1, [3, 0, 7]] = torch.tensor([0.4, 0.1, 0.45])
-    margins, correct = probe.score(p.log())
-    # Two tokens: a rival that differs in the first loses to both, one in the second to that one.
-    expected = min(math.log(0.6 * 0.4 / 0.2), math.log(0.4 / 0.1))
-    assert margins.tolist() == pytest.approx([math.log(0.5 / 0.3), expected])
-    assert correct.tolist() == [True, False], "token 7 is likelier than the answer's second"
+def test_standard_errors_and_stability_are_those_of_the_rows() -> None:
+    model = models.random_llama()
+    report = select(context_of(model, Budget(heads=6), seeds=2)).provenance["probe"]
+    assert report["rows"] == 8 and report["stability"]["of"] == "seeds"
+    drops = []
+    for seed in (0, 1):
+        probe = build(context_of(model, Budget(heads=6), seed=seed))
+        drops.append(ablate_heads(model, probe, batch_size=3).drop("margin"))
+    both = torch.cat(drops, dim=-1)
+    error = both.std(-1) / 8**0.5
+    for name, expected in (("margin_drop", both.mean(-1)), ("margin_drop_error", error)):
+        torch.testing.assert_close(torch.tensor(report[name], dtype=torch.float64), expected)
+    first, second = (set(rank(drop.mean(-1))[:6]) for drop in drops)
+    assert report["stability"]["overlap_of_kept"] == pytest.approx(len(first & second) / 6)
 
 
-def test_dictionary_probe_has_the_papers_format() -> None:
-    from rad.data.nano import tokenizer
-
-    loaded = tokenizer.load()
-    context = context_of(
-        models.random_llama(), Budget(heads=1), probe="dictionary", pairs=5, tokenizer=loaded
-    )
-    probe = build(context)
-    for row in range(4):
-        ids = probe.tokens[row]
-        text = loaded.decode(ids[ids != 0].tolist(), skip_special_tokens=True)
-        head, *pairs, question = text.split("\n")
-        assert head == "Memorize the following dictionary:" and len(pairs) == 5
-        stated = dict(pair.split(":") for pair in pairs)
-        assert len(stated) == len(set(stated.values())) == 5
-        key, value = question.removeprefix("The value of the key '").split("' is ")
-        assert stated[key] == value
-        where = probe.positions[row]
-        answer = loaded.decode(ids[where[where >= 0]].tolist())
-        assert answer.strip() == value
-        assert int((probe.rivals[row] >= 0).sum()) == 4
-    again = build(context)
-    assert torch.equal(probe.tokens, again.tokens) and torch.equal(probe.rivals, again.rivals)
+def test_controls_keep_as_many_other_heads() -> None:
+    model = models.random_llama()
+    kept = {
+        control: select(context_of(model, Budget(heads=4), control=control))
+        for control in ("none", "bottom", "shifted", "random")
+    }
+    ranking = [tuple(pair) for pair in kept["none"].provenance["probe"]["ranking"]]
+    assert kept["none"].softmax == sorted(ranking[:4])
+    assert kept["bottom"].softmax == sorted(ranking[-4:])
+    assert kept["shifted"].softmax == sorted(ranking[12:]), "by default 3 k ranks further down"
+    near = select(context_of(model, Budget(heads=4), control="shifted", shift=4))
+    assert near.softmax == sorted(ranking[4:8])
+    assert len(kept["random"].softmax) == 4 and kept["random"].cost.forward_passes == 0
+    draws = {
+        tuple(select(context_of(model, Budget(heads=4), control="random", seed=seed)).softmax)
+        for seed in (0, 0, 1)
+    }
+    assert len(draws) == 2
+    with pytest.raises(SelectionError, match="set shift to at most 12"):
+        select(context_of(model, Budget(heads=4), control="shifted", shift=13))
 
 
-def test_nano_probe_asks_training_prompts_only() -> None:
-    from rad.data.nano import split_of, tokenizer
+def test_a_threshold_keeps_what_scores_above_it() -> None:
+    model = models.random_llama()
+    placement = select(context_of(model, Budget(heads=5)))
+    assert placement.scores is not None
+    values = sorted((v for row in placement.scores.values for v in row), reverse=True)  # type: ignore[union-attr]
+    between = (values[4] + values[5]) / 2
+    same = select(context_of(model, Budget(heads=5), threshold=between))
+    assert same.softmax == placement.softmax
+    with pytest.raises(BudgetError, match="keeps 5 heads, budget h4 is 4: ask for heads:5"):
+        select(context_of(model, Budget(heads=4), threshold=between))
+    # 16 heads of 4 layers, 2 x 8 values of 4 bytes each
+    wide = Budget(kv_bytes_per_token=16 * 64)
+    limited = select(context_of(model, wide, threshold=between))
+    assert limited.softmax == placement.softmax
+    narrow = select(context_of(model, Budget(kv_bytes_per_token=3 * 64), threshold=between))
+    assert narrow.footprint is not None and 0 < narrow.footprint.kv_bytes_per_token <= 3 * 64
+    assert set(narrow.softmax) < set(placement.softmax)
 
-    loaded = tokenizer.load()
-    context = context_of(
-        models.random_llama(), Budget(heads=1), probe="nano", tokens=64, tokenizer=loaded
-    )
-    probe = build(context)
-    for row, where, rivals in zip(probe.rows, probe.positions, probe.rivals, strict=True):
-        ids = probe.tokens[row, : where[where >= 0].min()]
-        prompt = loaded.decode(ids.tolist(), skip_special_tokens=True)
-        assert split_of(prompt) == "train"
-        answer = loaded.decode(probe.tokens[row, where[0]].tolist())
-        wrong = [loaded.decode([token]) for token in rivals[0].tolist() if token >= 0]
-        assert wrong and answer not in wrong
-        assert all(f"{value};" in prompt for value in [answer, *wrong])
+
+@pytest.mark.parametrize("recall", [False, True])
+def test_prefiltered_heads_come_first_with_exact_scores(recall: bool) -> None:
+    model = models.random_llama()
+    exact = select(context_of(model, Budget(heads=3)))
+    chosen = {"prefilter": 0.25, "prefilter_recall": recall}
+    found = select(context_of(model, Budget(heads=3), **chosen))
+    report = found.provenance["probe"]["prefilter"]
+    slopes = torch.tensor(report["gradient"])
+    first = rank(slopes)[: report["ablated"]]
+    assert report["ablated"] == 4 and set(found.softmax) <= set(first)
+    assert found.scores is not None and exact.scores is not None
+    for layer, head in first:
+        assert found.scores.values[layer][head] == exact.scores.values[layer][head]  # type: ignore[index]
+    others = set(rank(slopes)) - set(first)
+    least = min(found.scores.values[layer][head] for layer, head in first)  # type: ignore[index]
+    assert all(found.scores.values[layer][head] <= least for layer, head in others)  # type: ignore[index]
+    assert ("recall" in report) == recall
+    true = [tuple(pair) for pair in exact.provenance["probe"]["ranking"]][:3]
+    if recall:
+        assert report["recall"] == {"of_first": 3, "found": len(set(true) & set(first)) / 3}
+    else:
+        assert found.cost.tokens < exact.cost.tokens
+    with pytest.raises(
+        SelectionError, match="ablates 4 heads, the budget keeps 5: raise prefilter"
+    ):
+        select(context_of(model, Budget(heads=5), **chosen))
 
 
-@pytest.mark.parametrize("kind", ["copy", "repeat"])
-def test_repeating_probes_ask_what_was_seen(kind: str, tmp_path: Path) -> None:
-    corpus = models.write_corpus(tmp_path, models.random_rows(5, 40))
-    probe = build(context_of(models.random_llama(), Budget(heads=1), probe=kind, corpus=corpus))
-    assert probe.tokens.shape == (4, 24)
-    for row, (place,), rivals in zip(probe.rows, probe.positions, probe.rivals, strict=True):
-        before = probe.tokens[row, :place].tolist()
-        answer = int(probe.tokens[row, place])
-        assert answer in before
-        wrong = {token for token in rivals[0].tolist() if token >= 0}
-        assert answer not in wrong and wrong <= set(before)
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"control": "bottom", "threshold": 1.0}, "no use for a threshold"),
+        ({"control": "shifted", "prefilter": 0.5}, "needs every head's score"),
+        ({"shift": 3}, "belongs to control shifted"),
+        ({"prefilter_recall": True}, "needs prefilter"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    chosen: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        RetrievalAwareSettings(**chosen)
+
+
+def test_the_heads_found_on_the_nano_base_are_the_ones_it_looks_things_up_with() -> None:
+    """Zeroed together, the kept heads end retrieval on other prompts; as many others do not."""
+    context = nano(tokens=64)
+    placement = select(context)
+    fresh = build(nano(tokens=64, seed=9))
+    ranking = [tuple(pair) for pair in placement.provenance["probe"]["ranking"]]
+
+    @torch.no_grad()
+    def accuracy(zeroed: list[Any]) -> float:
+        with zero_heads(context.model, zeroed):
+            log = context.model(fresh.tokens).logits.log_softmax(-1)
+        return float(fresh.score(log[fresh.rows[:, None], fresh.positions - 1])[1].float().mean())
+
+    assert accuracy([]) > 0.9
+    assert accuracy(placement.softmax) < 0.3
+    assert accuracy(ranking[4:8]) > 0.8
+    assert placement.provenance["probe"]["stability"]["overlap_of_kept"] > 0.5
+
+
+def test_scores_that_are_no_numbers_are_refused() -> None:
+    model = models.random_llama.__wrapped__(seed=4)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(SelectionError, match="score 0 of 16 is nan, not a finite number"):
+        select(context_of(model, Budget(heads=1)))
 
 
 def test_rank_breaks_ties_in_index_order() -> None:
@@ -260,15 +334,3 @@ def test_budgets_and_missing_inputs_are_refused() -> None:
     context.model = None
     with pytest.raises(SelectionError, match="needs the base model"):
         select(context)
-
-
-def test_calibration_rows_are_seeded_and_different(tmp_path: Path) -> None:
-    rows = models.random_rows(20, 8)
-    folder = models.write_corpus(tmp_path, rows)
-    first = calibration_rows(folder, 6, seed=1)
-    assert first.shape == (6, 8)
-    assert (first == calibration_rows(folder, 6, seed=1)).all()
-    assert (first != calibration_rows(folder, 6, seed=2)).any()
-    every = {tuple(row) for row in rows.tolist()}
-    chosen = {tuple(row) for row in first.tolist()}
-    assert len(chosen) == 6 and chosen <= every

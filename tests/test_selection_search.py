@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rad.placement import Budget, BudgetError
 from rad.selection import SELECTORS, SelectionContext, SelectionError, load_selector, select
-from rad.selection.search import expected_improvement, neighbours, search, top_k
+from rad.selection.search import neighbours, search, threshold, top_k
+from rad.selection.surrogate import expected_improvement
 from rad.selection.uniform import uniform_layers
 from rad.settings import UniformSettings
 
@@ -164,3 +165,73 @@ def test_helpers() -> None:
     assert gain[0] == pytest.approx(0.5) and 0 < gain[1] < 0.5
     with pytest.raises(ValueError, match="cannot choose"):
         search(lambda chosen: 0.0, 3, 4, evaluations=1)
+
+
+@pytest.mark.parametrize("method", ["auto", "bayesian", "exhaustive"])
+def test_searches_of_a_small_space_find_the_optimum(method: str) -> None:
+    for seed in range(3):
+        toy = Toy(seed, 6)
+        best = max(map(toy, itertools.combinations(range(6), 3)))
+        assert search(toy, 6, 3, evaluations=20, seed=seed, method=method).value == best
+
+
+def test_greedy_is_optimal_when_layers_add_up() -> None:
+    toy = Toy(0, 9)
+    toy.pairs[:] = 0
+    found = search(toy, 9, 4, evaluations=1, method="greedy")
+    assert found.best == top_k(toy.single, 4) and found.method == "greedy"
+    assert len(found.history) == 9 + 8 + 7 + 6
+    assert all(len(chosen) == 4 for chosen, _ in found.top(3))
+
+
+def test_sets_of_any_size_can_be_searched() -> None:
+    for seed in range(3):
+        toy = Toy(seed, 10)
+        every = [s for k in range(11) for s in itertools.combinations(range(10), k)]
+        best = max(map(toy, every))
+        assert search(toy, 10, None, evaluations=1024).value == best
+        assert search(toy, 10, None, evaluations=60, seed=seed).value > 0.95 * best
+        assert search(toy, 10, None, evaluations=1, method="greedy").value <= best
+
+
+def test_known_values_of_other_sizes_inform_the_search() -> None:
+    """Values of sets of other sizes find the optimum of this size sooner."""
+    plain, informed = [], []
+    for seed in range(5):
+        toy = Toy(seed, 14)
+        known = dict(search(toy, 14, None, evaluations=60, seed=seed).history)
+        options = {"evaluations": 6, "initial": 2, "seed": seed}
+        plain.append(search(toy, 14, 5, **options).value)
+        informed.append(search(toy, 14, 5, **options, known=known).value)
+    assert np.mean(informed) > np.mean(plain) + 0.5
+
+
+def test_a_large_history_is_searched_with_the_kernel_fitted_now_and_then() -> None:
+    toy = Toy(2, 20)
+    found = search(toy, 20, 6, evaluations=130, seed=1)
+    assert len(found.history) == 130
+    rng = np.random.default_rng(0)
+    assert found.value > max(toy(top_k(rng.random(20), 6)) for _ in range(500))
+
+
+def test_points_of_the_box_become_sets() -> None:
+    assert threshold(np.array([0.2, 0.9, 0.5, 0.51])) == (1, 3)
+    assert sorted(neighbours((0,), 2, free=True)) == [(), (0, 1), (1,)]
+
+
+def test_what_a_search_cannot_do_is_named() -> None:
+    toy = Toy(0, 12)
+    with pytest.raises(SelectionError, match="exhaustive search would try 924 sets"):
+        search(toy, 12, 6, evaluations=80, method="exhaustive")
+    with pytest.raises(SelectionError, match="cannot choose -1 of 12 layers"):
+        search(toy, 12, -1, evaluations=80)
+    with pytest.raises(SelectionError, match="unknown search 'annealing'"):
+        search(toy, 12, 6, evaluations=80, method="annealing")
+    for method in ("bayesian", "greedy", "exhaustive"):
+        with pytest.raises(SelectionError, match=r"skipping layers \[.*\] is nan, not a finite"):
+            search(lambda chosen: float("nan"), 6, 2, evaluations=80, method=method)
+
+
+def test_ties_go_to_the_set_tried_first_and_are_counted() -> None:
+    found = search(lambda chosen: float(3 in chosen), 6, 2, evaluations=20)
+    assert found.best == (0, 3) and found.ties() == 4

@@ -1,12 +1,15 @@
-"""Token corpora: rows of tokens with loss weights, in flat memory-mapped files.
+"""Token corpora: rows of tokens with loss weights and document boundaries, in flat mapped files.
 
-`build` writes `corpus/<name>/` (docs/contracts.md), `Corpus` reads it. The held-out split shares no
-document with the training split. Legend: R rows, T context.
+`build` writes `corpus/<name>/` (docs/data.md), `Corpus` reads it. Building streams: its memory does
+not grow with the corpus. The held-out split shares no document with the training split. Legend: R
+rows, T context.
 """
 
 from __future__ import annotations
 
-import random
+import contextlib
+import errno
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rad.data.text import hub_documents, text_documents
+from rad.data import packing
+from rad.data.packing import Row
+from rad.data.records import CorpusError
+from rad.data.sources import Mixture, open_sources
 from rad.files import digest, read_json, replacing, write_json
 from rad.settings import CorpusSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-Row = tuple[NDArray[np.int64], NDArray[np.float32]]
-
-
-class CorpusError(ValueError):
-    """A corpus that cannot be built or read; the message names the file and the remedy."""
+__all__ = ["Corpus", "CorpusError", "build"]
+SPLITS = ("held_out", "train")
+# file name ending of each array of a split
+TOKENS, WEIGHTS, BOUNDARIES = "", "_weight", "_boundary"
 
 
 class Corpus:
@@ -38,14 +43,33 @@ class Corpus:
 
     def rows(self, split: str) -> NDArray[Any]:
         """(R, T) token ids, memory-mapped."""
-        return self._map(f"{split}.bin", split, np.dtype(self.manifest["dtype"]))
+        return self._map(split, TOKENS, np.dtype(self.manifest["dtype"]))
 
     def weights(self, split: str) -> NDArray[Any]:
         """(R, T) loss weights of predicting the token at each position, uint8 in 1/255."""
-        return self._map(f"{split}_weight.bin", split, np.dtype("uint8"))
+        return self._map(split, WEIGHTS, np.dtype("uint8"))
 
-    def _map(self, name: str, split: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        path = self.folder / name
+    def boundaries(self, split: str) -> NDArray[Any]:
+        """(R, T) uint8: 1 where a document starts, 2 at padding, else 0."""
+        return self._map(split, BOUNDARIES, np.dtype("uint8"))
+
+    @property
+    def isolated(self) -> bool:
+        """Whether documents of a row must not see each other (`rad.data.isolation`)."""
+        return bool(self.manifest.get("packing") == "isolate")
+
+    def verify(self) -> None:
+        """Compare every file with its digest in the manifest; raises `CorpusError`."""
+        for split, facts in self.manifest["splits"].items():
+            for ending, expected in facts["sha256"].items():
+                path = self.folder / f"{split}{ending}.bin"
+                with open(path, "rb") as stream:
+                    found = hashlib.file_digest(stream, "sha256").hexdigest()
+                if found != expected:
+                    raise CorpusError(f"{path}: not the bytes that were built; rebuild the corpus")
+
+    def _map(self, split: str, ending: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        path = self.folder / f"{split}{ending}.bin"
         shape = (self.manifest["splits"][split]["rows"], self.context)
         want = shape[0] * shape[1] * dtype.itemsize
         if not path.exists() or path.stat().st_size != want:
@@ -64,111 +88,134 @@ def build(
 ) -> dict[str, Any]:
     """Write the corpus to folder `output` and return its manifest.
 
-    Raises `CorpusError` when the source has too few tokens or a file is missing.
+    Raises `CorpusError` when the sources have too few tokens or cannot be read; what stood in
+    `output` is then left as it was.
     """
+    output = Path(output)
     wanted = {
         "held_out": -(-settings.held_out_tokens // settings.context),
         "train": -(-settings.tokens // settings.context),
     }
     dtype = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
-    sources = _nano_rows if settings.source == "nano" else _packed_rows
-    splits: dict[str, dict[str, int]] = {}
-    stream = sources(settings, tokenizer, wanted["held_out"])
-    for split in ("held_out", "train"):
-        tokens = np.zeros((wanted[split], settings.context), dtype=dtype)
-        weights = np.zeros((wanted[split], settings.context), dtype=np.uint8)
-        filled = 0
-        for ids, weight in stream:
-            tokens[filled], weights[filled] = ids, np.rint(weight * 255)
-            filled += 1
-            if filled == wanted[split]:
-                break
-        if filled < wanted[split]:
-            raise CorpusError(
-                f"corpora.{name}: the source has {filled * settings.context} tokens for split "
-                f"{split}, {wanted[split] * settings.context} are asked for; "
-                f"lower corpora.{name}.tokens or add files"
-            )
-        for suffix, array in (("", tokens), ("_weight", weights)):
-            with replacing(output / f"{split}{suffix}.bin") as temporary:
-                array.tofile(temporary)
-        splits[split] = {
-            "rows": filled,
-            "tokens": filled * settings.context,
-            "weighted_tokens": int((weights > 0).sum()),
-            "documents": int((tokens == tokenizer.bos_token_id).sum()),
-        }
-    manifest = {
+    mixture = open_sources(settings, tokenizer)
+    pad = next((n for n in (tokenizer.pad_token_id, tokenizer.eos_token_id) if n is not None), 0)
+    splits: dict[str, dict[str, Any]] = {}
+    manifest = output / "manifest.json"
+    with _space(output), contextlib.ExitStack() as files:
+        for split in SPLITS:
+            writer = _Writer(files, output, split, dtype)
+            stream = mixture.documents(split)
+            if settings.row_packing == "concatenate":
+                rows = packing.concatenated_rows(stream, settings.context)
+            else:
+                rows = packing.whole_rows(stream, settings.context, pad)
+            splits[split] = writer.fill(rows, wanted[split]) | {"sources": _read(mixture)}
+            if writer.rows < wanted[split]:
+                raise CorpusError(_too_few(name, settings, mixture, splits, wanted))
+        # leaving the stack puts the files in place: meanwhile no manifest may describe others
+        manifest.unlink(missing_ok=True)
+    content = {
         "schema": 1,
         "name": name,
         "context": settings.context,
         "dtype": dtype.str,
+        "packing": settings.row_packing,
         "vocab_size": len(tokenizer),
         "tokenizer_sha256": tokenizer_sha256,
         "settings": settings.model_dump(mode="json"),
         "settings_sha256": digest(settings.model_dump(mode="json")),
         "splits": splits,
     }
-    write_json(output / "manifest.json", manifest)
-    return manifest
+    write_json(manifest, content)
+    return content
 
 
-def _nano_rows(
-    settings: CorpusSettings, tokenizer: PreTrainedTokenizerFast, held_out: int
-) -> Iterator[Row]:
-    """Rows of whole nano documents; the first `held_out` rows' prompts never come again."""
-    from rad.data.nano.example import Example
-    from rad.data.nano.mixture import PROMPT_WEIGHT, rows, training_documents
+class _Writer:
+    """Writes rows of one split to its three files, with their digests; `files` closes them."""
 
-    def weighted(row: Row) -> Row:
-        ids, weight = row
-        # float32 rounding: the mixture marks prompt tokens with this very weight
-        prompt = np.isclose(weight, PROMPT_WEIGHT)
-        return ids, np.where(prompt, np.float32(settings.prompt_weight), weight)
+    def __init__(
+        self, files: contextlib.ExitStack, output: Path, split: str, dtype: np.dtype[Any]
+    ) -> None:
+        self.streams = {}
+        for ending in (TOKENS, WEIGHTS, BOUNDARIES):
+            path = files.enter_context(replacing(output / f"{split}{ending}.bin"))
+            self.streams[ending] = files.enter_context(open(path, "wb"))  # noqa: SIM115
+        self.hashes = {ending: hashlib.sha256() for ending in self.streams}
+        self.dtype, self.rows = dtype, 0
 
-    reserved: set[str] = set()
+    def fill(self, rows: Iterator[Row], wanted: int) -> dict[str, Any]:
+        """Write up to `wanted` rows and return their counts for the manifest."""
+        tokens = weighted = documents = padding = 0
+        while self.rows < wanted and (row := next(rows, None)) is not None:
+            weights = np.rint(row.weights * 255).astype(np.uint8)
+            self._write(TOKENS, row.ids.astype(self.dtype))
+            self._write(WEIGHTS, weights)
+            self._write(BOUNDARIES, row.boundaries)
+            self.rows += 1
+            tokens += len(row.ids)
+            weighted += int((weights > 0).sum())
+            documents += int((row.boundaries == packing.START).sum())
+            padding += int((row.boundaries == packing.PADDING).sum())
+        for stream in self.streams.values():
+            stream.flush()  # a full disk has to show before any file is put in place
+        return {
+            "rows": self.rows,
+            "tokens": tokens,
+            "weighted_tokens": weighted,
+            "documents": documents,
+            "padding": padding,
+            "sha256": {ending: value.hexdigest() for ending, value in self.hashes.items()},
+        }
 
-    def remember(documents: Iterator[Example]) -> Iterator[Example]:
-        for document in documents:
-            reserved.add(document.prompt)
-            yield document
-
-    first = rows(remember(training_documents(settings.seed + 1)), tokenizer, settings.context)
-    for _ in range(held_out):
-        yield weighted(next(first))
-    fresh = (d for d in training_documents(settings.seed) if d.prompt not in reserved)
-    for row in rows(fresh, tokenizer, settings.context):
-        yield weighted(row)
+    def _write(self, ending: str, values: NDArray[Any]) -> None:
+        data = values.tobytes()
+        self.streams[ending].write(data)
+        self.hashes[ending].update(data)
 
 
-def _packed_rows(
-    settings: CorpusSettings, tokenizer: PreTrainedTokenizerFast, held_out: int
-) -> Iterator[Row]:
-    """Rows cut from `<s> document </s>` laid end to end, every token weighing 1.
+def _read(mixture: Mixture) -> list[dict[str, Any]]:
+    """What was taken from each source, documents waiting for a place in a row included."""
+    return [
+        {"source": source.name, "documents": source.documents, "tokens": source.tokens}
+        for source in mixture.sources
+    ]
 
-    Documents are shuffled by the seed; the held-out rows come first and the document that the last
-    of them ends in is dropped, so that no document is on both sides.
-    """
-    if settings.source == "text":
-        documents = text_documents([Path(file) for file in settings.files])
-        random.Random(settings.seed).shuffle(documents)
-        stream: Iterator[str] = iter(documents)
-    else:
-        if settings.dataset is None:
-            raise CorpusError("source `hub` needs the key `dataset`")
-        stream = hub_documents(settings.dataset, settings.split, settings.column, settings.seed)
-    rows_left = held_out
-    pending: list[int] = []
-    ones = np.ones(settings.context, dtype=np.float32)
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for document in stream:
-        # verbose=False: documents longer than the context are cut into rows here, not an error
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        pending += ([bos] if bos is not None else []) + ids + ([eos] if eos is not None else [])
-        while len(pending) >= settings.context:
-            row = np.asarray(pending[: settings.context], dtype=np.int64)
-            pending = pending[settings.context :]
-            yield row, ones
-            rows_left -= 1
-            if rows_left == 0:
-                pending = []
+
+def _too_few(
+    name: str,
+    settings: CorpusSettings,
+    mixture: Mixture,
+    splits: dict[str, dict[str, Any]],
+    wanted: dict[str, int],
+) -> str:
+    read = [part for facts in splits.values() for part in facts["sources"]]
+    ended = mixture.exhausted
+    several = len(mixture.sources) > 1
+    if several and ended is not None:
+        read = [part for part in read if part["source"] == ended.name]
+    tokens = sum(part["tokens"] for part in read)
+    documents = sum(part["documents"] for part in read)
+    needed = sum(wanted.values()) * settings.context
+    share = f" at weight {ended.weight:g} of " if several and ended is not None else ""
+    if share:
+        share += f"{sum(source.weight for source in mixture.sources):g}"
+    which = f"source {ended.name}" if several and ended is not None else "the source"
+    return (
+        f"corpora.{name}: {which} has {tokens} tokens in {documents} documents; "
+        f"{needed} tokens are needed ({wanted['held_out'] * settings.context} held out and "
+        f"{wanted['train'] * settings.context} to train on){share and ',' + share}; "
+        f"lower corpora.{name}.tokens or add files"
+    )
+
+
+@contextlib.contextmanager
+def _space(output: Path) -> Iterator[None]:
+    """Say in one line that the disk, a quota or a limit of file sizes is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise CorpusError(
+            f"{output}: no space left for the corpus; what was there is unchanged"
+        ) from error

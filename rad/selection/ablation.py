@@ -55,3 +55,22 @@ def zero_inputs(projection: nn.Module, chosen: Iterable[int], heads: int) -> Ite
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def fixed_output(module: nn.Module, value: Tensor) -> Iterator[None]:
+    """Within the block, attention `module` returns `value` (B,T,E) without computing anything."""
+
+    def forward(*arguments: Any, **settings: Any) -> tuple[Tensor, None]:
+        del arguments, settings
+        return value, None
+
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before

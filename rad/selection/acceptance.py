@@ -19,14 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rad.selection.base import CostMeter, decoder_layers
-from rad.selection.speculative import (
-    DraftExit,
-    Statistics,
-    additive_mask,
-    greedy_generate,
-    skip_attention,
-)
+from rad.selection.base import CostMeter, SelectionError, decoder_layers
+from rad.selection.matchness import Matchness, check_finite
+from rad.selection.rollback import is_hybrid
+from rad.selection.speculative import DraftExit, Statistics, greedy_generate, skip_attention
 
 
 @dataclass
@@ -40,26 +36,37 @@ class Windows:
 class Calibration:
     """Prompts, the full model's greedy continuations and its keys and values for both.
 
-    `prompts` is (B, T), `continuation` (B, N), `text` both, (B, T + N).
+    `prompts` is (B, T), `continuation` (B, N), `text` both, (B, T + N). Raises `SelectionError`
+    for a hybrid, whose states cannot be drafted from at every position at once.
     """
 
     def __init__(
         self, model: Any, prompts: Tensor, new_tokens: int, meter: CostMeter | None = None
     ) -> None:
         if new_tokens < 2:
-            raise ValueError("a draft needs at least 2 new tokens")
+            raise SelectionError(f"new_tokens is {new_tokens}: a draft needs at least 2")
+        if is_hybrid(model):
+            raise SelectionError(
+                f"{type(model).__name__} is a hybrid: skip sets are searched on its base; "
+                "speculative decoding itself takes both"
+            )
         self.model = model
+        self._weights = model.num_parameters()
         self.meter = meter or CostMeter()
         self.prompts = prompts.to(model.device)
         self.continuation = greedy_generate(model, self.prompts, new_tokens, self.meter)
         self.text = torch.cat([self.prompts, self.continuation], dim=1)
-        self._verified = self._prefill()
+        self._verified: list[tuple[Tensor, Tensor]] | None = None
+        self._agreement: Matchness | None = None
 
     @torch.no_grad()
-    def _prefill(self) -> list[tuple[Tensor, Tensor]]:
-        output = self.model(input_ids=self.text[:, :-1], use_cache=True)
-        self.meter.add(self.text[:, :-1].numel())
-        return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    def _keys_and_values(self) -> list[tuple[Tensor, Tensor]]:
+        """The full model's, of all layers; computed when first asked for."""
+        if self._verified is None:
+            output = self.model(input_ids=self.text[:, :-1], use_cache=True)
+            self.meter.add(self.text[:, :-1].numel(), weights=self._weights)
+            self._verified = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+        return self._verified
 
     @torch.no_grad()
     def draft_windows(self, skip: Collection[int], max_draft: int) -> Windows:
@@ -74,14 +81,14 @@ class Calibration:
         verified = self.text.shape[1] - 1
         starts = torch.arange(length, verified, device=self.text.device)
         cache = DynamicCache(config=self.model.config)
-        for index, (keys, values) in enumerate(self._verified):
+        for index, (keys, values) in enumerate(self._keys_and_values()):
             cache.update(keys, values, index)
         own = torch.eye(len(starts), dtype=torch.bool, device=self.text.device)
         visible = torch.arange(verified, device=self.text.device)[None] < starts[:, None]
         tokens = self.text[:, length:verified]
         drafted: list[Tensor] = []
         probabilities: list[Tensor] = []
-        with skip_attention(self.model, skip):
+        with skip_attention(self.model, skip, fill_cache=False):
             for index in range(max_draft):
                 visible = torch.cat([visible, own], dim=1)
                 logits = self.model(
@@ -91,12 +98,14 @@ class Calibration:
                     past_key_values=cache,
                     use_cache=True,
                 ).logits
-                self.meter.add(tokens.numel())
+                self.meter.add(tokens.numel(), weights=self._weights)
                 logits = logits.float()
                 top, tokens = logits.max(-1)
                 drafted.append(tokens)
                 probabilities.append((top - logits.logsumexp(-1)).exp())
-        return Windows(torch.stack(drafted, -1), torch.stack(probabilities, -1))
+        found = Windows(torch.stack(drafted, -1), torch.stack(probabilities, -1))
+        check_finite(found.probabilities, skip)
+        return found
 
     def replay(self, windows: Windows, draft_exit: DraftExit | None = None) -> Statistics:
         """The counts of the serial loop over all prompts in order, from its drafts."""
@@ -129,26 +138,30 @@ class Calibration:
         """Counts of decoding all prompts with the attention of `skip` left out of the draft."""
         return self.replay(self.draft_windows(skip, max_draft), draft_exit)
 
-    @torch.no_grad()
     def matchness(self, skip: Collection[int]) -> float:
-        """Share of the continuation that the skipped model predicts, teacher-forced (SWIFT).
-
-        One call, and the skipped model reads its own keys and values throughout, also for the
-        tokens that a real draft would find verified in the shared cache.
-        """
-        with skip_attention(self.model, skip):
-            logits = self.model(input_ids=self.text[:, :-1], use_cache=False).logits
-        self.meter.add(self.text[:, :-1].numel())
-        start = self.prompts.shape[1] - 1
-        return float((logits[:, start:].argmax(-1) == self.continuation).float().mean())
+        """Share of the continuation that the skipped model predicts, teacher-forced (SWIFT)."""
+        if self._agreement is None:
+            start = self.prompts.shape[1]
+            self._agreement = Matchness(self.model, self.text, start, self.meter)
+        return self._agreement(skip)
 
 
-def draft_cost(model: Any, skipped: int) -> float:
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, keys) booleans -> (1, 1, T, keys) mask for eager and SDPA attention alike."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
+
+
+def draft_cost(model: Any, skip: Collection[int]) -> float:
     """Cost of a draft step in full steps, as the share of weights read (memory-bound decoding)."""
     layers = decoder_layers(model)
-    attention = sum(parameter.numel() for parameter in layers[0].self_attn.parameters())
+    skipped = sum(
+        parameter.numel()
+        for layer in set(skip)
+        for parameter in layers[layer].self_attn.parameters()
+    )
     # An untied head is read in full for every token, an embedding table is not.
     total = sum(parameter.numel() for parameter in model.parameters())
     if not model.config.tie_word_embeddings:
         total -= model.get_input_embeddings().weight.numel()
-    return 1.0 - skipped * float(attention / total)
+    return 1.0 - float(skipped / total)

@@ -1,163 +1,247 @@
-"""KL-guided layer selection, GA-S2 (arXiv 2512.20569): which layer, put back, helps most.
+"""KL-guided layer selection (arXiv 2512.20569): which layers, kept as softmax, help most.
 
-For every layer: the all-linear student (mixers from stage-1 alignment) gets that one layer's
-softmax attention back, is trained briefly on forward KL to the base, and is scored by its KL on
-a fixed held-out slice. Layers are ranked by that KL, lowest first, and the top K are kept at once.
-All candidates see the same batches in the same order, so their differences are paired.
+| variant | start            | move of a candidate | score                             | kept     |
+|---------|------------------|---------------------|-----------------------------------|----------|
+| ga_s2   | all linear       | restore one layer   | KL after training                 | lowest   |
+| gr_s2   | all softmax      | linearise one layer | KL after training                 | highest  |
+| ga_s1   | all linear       | restore one layer   | stage-1 loss                      | lowest   |
+| gr_s1   | all softmax      | linearise one layer | stage-1 loss                      | highest  |
+| avg_s2, avg_s1 | both      | both                | mean of the two ranks             | lowest   |
+| swap    | all linear       | restore one layer   | KL without training (our variant) | lowest   |
+
+The linear layers are those of one stage-1 alignment. One-shot takes the K best at once, as
+published; `sequential` scores the remaining layers again after every move. The trained variants
+report the rank correlation of the training-free score with theirs.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from rad.data.corpus import Corpus
-from rad.distillation import losses
-from rad.distillation import optimiser as optimisers
-from rad.distillation.batches import Batches
-from rad.distillation.measure import HeldOut
-from rad.files import digest, read_json, write_json
-from rad.models.convert import convert
 from rad.placement import Placement, Scores
-from rad.selection.base import SelectionContext, SelectionError
-from rad.settings import KLGuidedSettings, StageSettings
+from rad.selection.agreement import spearman
+from rad.selection.base import SelectionContext, ranked
+from rad.selection.candidates import Candidate, Candidates, Result, Shared
+from rad.selection.early_stop import StableTopK, top
+from rad.selection.swap_score import SwapScore, residuals
+from rad.settings import KLGuidedSettings
 
-# the base's logits are kept for all candidates up to this many values (4 bytes each)
-SHARED_LOGITS = 200_000_000
+Provenance = dict[str, Any]
+
+UNITS = {
+    "ga_s2": "KL to the base after restoring this layer and training (nats per token)",
+    "gr_s2": "KL to the base after linearising this layer and training (nats per token)",
+    "ga_s1": "stage-1 loss of the all-linear student with this layer restored (rms error)",
+    "gr_s1": "stage-1 loss of the base with this layer linearised (rms error)",
+    "avg_s2": "mean of this layer's GA-S2 and GR-S2 ranks (0 is the most important)",
+    "avg_s1": "mean of this layer's GA-S1 and GR-S1 ranks (0 is the most important)",
+    "swap": "held-out KL to the base after restoring this layer, untrained (nats per token)",
+}
 
 
 def select(context: SelectionContext) -> Placement:
-    """Keep the K layers whose return lowers the held-out KL most.
+    """Keep the K layers that the variant ranks first.
 
-    Needs `resources`: `aligned` (folder), `mixer` (settings), `state` (folder for finished
-    candidates; a resumed selection does not repeat them).
+    Needs the resource `mixer` (settings) and, for mixers that can be aligned, `aligned` (folder of
+    the stage-1 alignment); `state` is a folder for finished candidates, which a resumed selection
+    does not repeat. Raises `BudgetError` for a budget that is not whole layers, `SelectionError`
+    when a resource is missing or training diverges.
     """
     settings = context.settings
     assert isinstance(settings, KLGuidedSettings)
-    kept = context.layer_count()
-    base = context.need_model()
-    base.requires_grad_(False)
-    corpus = Corpus(context.need_corpus())
-    held_out = HeldOut(corpus, base, rows=settings.held_out_rows)
-    teacher = _Teacher(base, corpus, settings, context)
-    scores = []
-    for layer in range(context.layers):
-        score = _finished(context, layer, teacher.digest)
-        if score is None:
-            score = _candidate(context, settings, layer, base, teacher, held_out)
-            _finish(context, layer, teacher.digest, score)
-        scores.append(score)
-        context.progress(f"kl_guided: layer {layer}: held-out KL {score:.4f}")
-    ranking = sorted(range(context.layers), key=lambda layer: (scores[layer], layer))
+    run = _Run(context, settings, context.layer_count())
+    # stage 1 is teacher-forced: no layer's loss depends on what was chosen before
+    sequential = settings.greedy == "sequential" and not settings.variant.endswith("_s1")
+    scores, higher = run.sequential() if sequential else run.one_shot()
+    kept = context.best_layers(scores, higher)
+    name = UNITS[settings.variant]
+    if sequential:
+        name = f"place in the order of sequential choice by: {name}"
     return context.layer_placement(
-        ranking[:kept],
-        scores=Scores(
-            kind="layer",
-            name="held-out KL to the base after restoring this layer (nats per token)",
-            values=scores,
-            higher_is_kept=False,
-        ),
-        provenance={"ranking": ranking},
+        kept,
+        scores=Scores(kind="layer", name=name, values=scores, higher_is_kept=higher),
+        provenance={
+            "ranking": ranked(scores, higher, "kl_guided"),
+            "tied_at_the_cut": _ties(scores, kept),
+            "kl_guided": run.report,
+        },
     )
 
 
-class _Teacher:
-    """Batches with the base's logits, computed once for all candidates when they fit in memory."""
+def _ties(scores: Sequence[float], kept: Sequence[int]) -> list[int]:
+    """The layers that share the score of the last one kept, if any of them is not kept."""
+    if not kept:
+        return []
+    tied = [layer for layer, value in enumerate(scores) if value == scores[kept[-1]]]
+    return tied if set(tied) - set(kept) else []
 
-    def __init__(
-        self, base: Any, corpus: Corpus, settings: KLGuidedSettings, context: SelectionContext
-    ) -> None:
-        self.base, self.context = base, context
-        self.batches = Batches(corpus, settings.batch_size, seed=0)
-        self.steps = max(1, settings.tokens // self.batches.tokens_per_batch)
-        values = self.steps * self.batches.tokens_per_batch * base.config.vocab_size
-        self.kept: dict[int, torch.Tensor] | None = {} if values <= SHARED_LOGITS else None
-        self.digest = digest(
-            {
-                "settings": settings.model_dump(mode="json"),
-                "corpus": corpus.manifest["settings_sha256"],
-                "base": context.provenance.get("base_weights_sha256"),
-            }
+
+class _Run:
+    """One selection; what a reader of the placement wants to know gathers in `report`."""
+
+    def __init__(self, context: SelectionContext, settings: KLGuidedSettings, kept: int) -> None:
+        self.context, self.settings, self.kept = context, settings, kept
+        self.shared = Shared(context, settings)
+        self.candidates = Candidates(self.shared)
+        self.layers = list(range(context.layers))
+        self.linear = self.shared.hybrid([])
+        self.swap = SwapScore(
+            self.shared.base,
+            self.linear,
+            self.shared.tokens,
+            self.shared.weight,
+            batch_size=self.shared.held_out_batch,
+            meter=context.meter,
         )
+        self.report: Provenance = {"variant": settings.variant, "greedy": settings.greedy}
 
-    @torch.no_grad()
-    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens (B,T), weights (B,T) and base logits (B,T,V) of a step."""
-        tokens, weight = self.batches(step)
-        if self.kept is not None and step in self.kept:
-            return tokens, weight, self.kept[step]
-        logits = self.base(tokens, use_cache=False).logits
-        self.context.meter.add(tokens.numel())
-        if self.kept is not None:
-            self.kept[step] = logits
-        return tokens, weight, logits
+    # --- scores of a set of candidates ----------------------------------------------------
 
+    def _softmax(self, move: str, fixed: Sequence[int]) -> set[int]:
+        """Softmax layers when the layers `fixed` have been moved."""
+        return set(fixed) if move == "ga" else set(self.layers) - set(fixed)
 
-def _candidate(
-    context: SelectionContext,
-    settings: KLGuidedSettings,
-    layer: int,
-    base: Any,
-    teacher: _Teacher,
-    held_out: HeldOut,
-) -> float:
-    """Held-out KL (nats per token) of the student that keeps `layer` alone, after training."""
-    for name in ("aligned", "mixer"):
-        if name not in context.resources:
-            raise SelectionError(f"kl_guided needs the resource {name!r}")
-    placement = Placement.from_layers(
-        [layer],
-        layers=context.layers,
-        heads=context.heads,
-        kv_heads=context.kv_heads,
-        base=context.base,
-        selector="kl_guided",
-    )
-    student = convert(
-        base,
-        placement,
-        context.resources["mixer"],
-        "aligned",
-        aligned=Path(context.resources["aligned"]),
-    )
-    stage = StageSettings(
-        tokens=settings.tokens,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-    )
-    optimiser, _ = optimisers.build(student, stage)
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    student.train()
-    for step in range(teacher.steps):
-        tokens, weight, target = teacher(step)
-        optimisers.set_rate(optimiser, stage, step, teacher.steps)
-        loss = losses.kl_loss(target, student(tokens, use_cache=False).logits, weight)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        context.meter.add(tokens.numel())
-    student.eval()
-    context.meter.add(held_out.tokens.numel())
-    return float(held_out(student)["held_out_kl"])
+    def _named(self, move: str, fixed: Sequence[int], layers: Sequence[int]) -> list[Candidate]:
+        before, word = self._softmax(move, fixed), {"ga": "restore", "gr": "linearise"}[move]
+        return [
+            Candidate(
+                f"{word}-{len(fixed):02d}-layer{layer:03d}",
+                layer,
+                tuple(sorted(before ^ {layer})),
+            )
+            for layer in layers
+        ]
 
+    def trained(
+        self, moves: Sequence[str], fixed: Sequence[int], layers: Sequence[int], count: int
+    ) -> dict[str, list[float]]:
+        """Scores after training per move; `count` layers are chosen from them (early stop)."""
+        named = {move: self._named(move, fixed, layers) for move in moves}
+        every = [candidate for move in moves for candidate in named[move]]
+        choice = 0 < count < len(layers)
+        stable = {move: StableTopK(count) for move in moves if choice}
 
-def _file(context: SelectionContext, layer: int) -> Path | None:
-    state = context.resources.get("state")
-    return Path(state) / f"layer{layer:03d}.json" if state else None
+        def check(losses: list[list[float]]) -> bool:
+            window, done, calm = self.settings.check_every, len(losses[0]), []
+            for move, rule in stable.items():
+                start = list(moves).index(move) * len(layers)
+                mine = losses[start : start + len(layers)]
+                recent = [sum(loss[-window:]) / window for loss in mine]
+                # a sequential round of GR moves the layer that is missed least
+                highest = move == "gr" and self.settings.greedy == "one_shot"
+                chosen = top(recent, layers, rule.count, highest)
+                calm.append(rule.update(chosen, done / self.shared.last))
+            return all(calm)
 
+        early = self.settings.early_stop and choice
+        rule = {
+            "every": self.settings.check_every,
+            "keep": count,
+            "greedy": self.settings.greedy,
+        }
+        results = self.candidates.score(every, check if early else None, rule)
+        if early:
+            self.report.setdefault("early_stop", []).append(
+                {
+                    "steps": results[0].steps,
+                    "of": self.shared.last,
+                    "chosen": {move: rule.history for move, rule in stable.items()},
+                }
+            )
+        self.report["steps"] = results[0].steps
+        found = {}
+        for index, move in enumerate(moves):
+            mine = results[index * len(layers) : (index + 1) * len(layers)]
+            found[move] = [self._value(result) for result in mine]
+            if not fixed:
+                self._compare(move, layers, mine)
+        return found
 
-def _finished(context: SelectionContext, layer: int, owner: str) -> float | None:
-    file = _file(context, layer)
-    if file is None or not file.exists():
-        return None
-    record = read_json(file)
-    return float(record["score"]) if record.get("digest") == owner else None
+    def _value(self, result: Result) -> float:
+        held_out = self.settings.score == "held_out"
+        return result.held_out if held_out else result.training_loss
 
+    def _compare(self, move: str, layers: Sequence[int], results: Sequence[Result]) -> None:
+        """Report how the scores of all layers agree with each other and with the swap score."""
+        trained = [result.held_out for result in results]
+        recent = [result.training_loss for result in results]
+        intact, swap = self._swapped(move, (), layers)
+        self.report[f"{move}_s2"] = {
+            "held_out_kl": trained,
+            "training_loss": recent,
+            "spearman_held_out_training_loss": spearman(trained, recent),
+            "swap": swap,
+            "swap_before": intact,
+            "spearman_swap_trained": spearman(swap, [self._value(result) for result in results]),
+        }
 
-def _finish(context: SelectionContext, layer: int, owner: str, score: float) -> None:
-    file = _file(context, layer)
-    if file is not None:
-        write_json(file, {"digest": owner, "layer": layer, "score": score})
+    def _swapped(
+        self, move: str, fixed: Sequence[int], layers: Sequence[int]
+    ) -> tuple[float, list[float]]:
+        intact, found = self.swap(self._softmax(move, fixed), layers)
+        return intact, [found[layer] for layer in layers]
+
+    def stage1(self) -> dict[str, list[float]]:
+        """GA-S1 and GR-S1 of every layer, from one table of residuals."""
+        errors = residuals(
+            self.shared.base,
+            self.linear,
+            self.shared.tokens,
+            self.shared.weight,
+            self.shared.held_out_batch,
+            self.context.meter,
+        )
+        self.report["residuals"] = errors
+        total, count = sum(errors), len(errors)
+        return {
+            "ga": [(total - error) / count for error in errors],
+            "gr": [error / count for error in errors],
+        }
+
+    # --- which layers are kept ------------------------------------------------------------
+
+    def one_shot(self) -> tuple[list[float], bool]:
+        """Scores of all layers and whether the higher ones are kept."""
+        variant = self.settings.variant
+        if variant == "swap":
+            self.report["swap_before"], scores = self._swapped("ga", (), self.layers)
+            return scores, False
+        method, stage = variant.split("_")
+        moves = ["ga", "gr"] if method == "avg" else [method]
+        if stage == "s1":
+            found = self.stage1()
+        else:
+            found = self.trained(moves, (), self.layers, self.kept)
+        if method != "avg":
+            return found[method], method == "gr"
+        ranks = []
+        for move in moves:
+            order = ranked(found[move], move == "gr", "kl_guided")
+            ranks.append([order.index(layer) for layer in self.layers])
+        self.report["scores"] = found
+        return [(a + b) / 2 for a, b in zip(*ranks, strict=True)], False
+
+    def sequential(self) -> tuple[list[float], bool]:
+        """The place of every layer in the order of choice; each move is scored on the last."""
+        variant = self.settings.variant
+        move = "gr" if variant == "gr_s2" else "ga"
+        moves_left = self.kept if move == "ga" else len(self.layers) - self.kept
+        fixed: list[int] = []
+        rounds = []
+        order = list(self.layers)
+        for _ in range(moves_left):
+            left = [layer for layer in self.layers if layer not in fixed]
+            if variant == "swap":
+                scores = self._swapped(move, fixed, left)[1]
+            else:
+                scores = self.trained([move], fixed, left, 1)[move]
+            # lowest KL: the layer whose return helps most, or whose loss is felt least
+            order = [left[index] for index in ranked(scores, False, "kl_guided")]
+            rounds.append({"layers": left, "scores": scores, "moved": order[0]})
+            fixed.append(order.pop(0))
+        self.report["rounds"] = rounds
+        if move == "gr":
+            order, fixed = fixed[::-1], order[::-1]
+        places = {layer: float(place) for place, layer in enumerate([*fixed, *order])}
+        return [places[layer] for layer in self.layers], False

@@ -1,8 +1,9 @@
 """Retrieval probes: contexts whose answer has to be looked up, with the answers that are wrong.
 
-`dictionary` is the text of the retrieval-aware paper (sheet, section 2.1), `nano` the multi-key
-task of the nano family, `copy` repeated blocks of random tokens and `repeat` of the corpus' text.
-Rows are padded on the right, so a causal model needs no mask.
+`dictionary` is the text of the retrieval-aware paper (sheet, section 2.1; its word package is
+replaced by our own list), `nano` the multi-key task of the nano family, `copy` repeated blocks of
+random tokens and `repeat` of the corpus' text. Rows are padded on the right, so a causal model
+needs no mask.
 
 Legend: N rows, T time, M answers, A answer tokens, R rivals.
 """
@@ -26,12 +27,17 @@ COPY_ANSWERS = 16  # answers asked per `copy` row
 COPY_BLOCK = (8, 24)  # length of a repeated block, in tokens
 
 
+class ProbeTooLong(SelectionError):
+    """A probe with more tokens than the base has positions."""
+
+
 @dataclass
 class Probe:
     """`tokens` (N, T); answer m is the tokens at `positions[m]` (A, padded -1) of row `rows[m]`.
 
     `rivals` (M, A, R), padded -1: tokens by which a wrong candidate first departs from the answer,
-    at the answer token where it does. A candidate counts up to and including that token.
+    at the answer token where it does. A candidate counts up to and including that token, which is
+    all of it where answers are one token long; otherwise its log-probability is an upper bound.
     """
 
     tokens: Tensor
@@ -58,12 +64,18 @@ class Probe:
             self.rivals.to(device),
         )
 
+    def chance(self) -> float:
+        """Share of answers that a choice among the candidates at random gets right."""
+        wrong = (self.rivals >= 0).flatten(1).sum(1)
+        return float((1 / (1 + wrong.double())).mean())
+
     def score(self, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """Margins (M,) in nats and correctness (M,) from `log_probabilities` (M, A, vocabulary).
 
         Entry a of an answer holds the distribution that predicts its token a. The margin is the
-        log-probability of the answer minus that of the likeliest wrong candidate; correct means
-        that every token of the answer is the most likely one.
+        log-probability of the answer minus that of the likeliest wrong candidate (positive: chosen
+        among the candidates); correct means that every token of the answer is the most likely one
+        of the whole vocabulary.
         """
         asked = self.positions >= 0
         targets = self.tokens[self.rows[:, None], self.positions.clamp(min=0)]
@@ -79,6 +91,8 @@ def dictionary(context: SelectionContext, settings: RetrievalAwareSettings) -> P
     """`key:value` lines and a question for one key, in the paper's words."""
     from rad.selection.nouns import NOUNS
 
+    if settings.pairs == "auto":
+        raise SelectionError("a dictionary needs a number of pairs; `auto` is chosen beforehand")
     rng = random.Random(f"dictionary/{settings.seed}")
     items = []
     for _ in range(settings.samples):
@@ -90,7 +104,7 @@ def dictionary(context: SelectionContext, settings: RetrievalAwareSettings) -> P
         prompt = "\n".join(["Memorize the following dictionary:", *lines, question])
         wrong = [f" {value}" for index, value in enumerate(values) if index != asked]
         items.append((prompt, f" {values[asked]}", wrong))
-    return _from_text(context.tokenizer, items)
+    return _from_text(context, settings, items)
 
 
 def nano(context: SelectionContext, settings: RetrievalAwareSettings) -> Probe:
@@ -110,7 +124,7 @@ def nano(context: SelectionContext, settings: RetrievalAwareSettings) -> Probe:
         values = dict.fromkeys(re.findall(r" \w+( \w+);", example.prompt))
         wrong = [value for value in values if value != example.answer]
         items.append((example.prompt, example.answer, wrong))
-    return _from_text(context.tokenizer, items)
+    return _from_text(context, settings, items)
 
 
 def copy(context: SelectionContext, settings: RetrievalAwareSettings) -> Probe:
@@ -118,6 +132,11 @@ def copy(context: SelectionContext, settings: RetrievalAwareSettings) -> Probe:
     special = set(getattr(context.tokenizer, "all_special_ids", ()) or ())
     size = int(context.need_model().config.vocab_size)
     ordinary = [token for token in range(size) if token not in special]
+    if len(ordinary) < COPY_BLOCK[1]:
+        raise SelectionError(
+            f"probe copy draws blocks of up to {COPY_BLOCK[1]} different tokens, the base has "
+            f"{len(ordinary)}: use probe repeat"
+        )
 
     def block(rng: random.Random, length: int) -> list[int]:
         return rng.sample(ordinary, length)
@@ -147,8 +166,27 @@ PROBES: dict[str, ProbeBuilder] = {
 
 
 def build(context: SelectionContext, settings: RetrievalAwareSettings) -> Probe:
-    """The probe that the settings name; the same for the same settings and tokenizer."""
-    return PROBES[settings.probe](context, settings)
+    """The probe that the settings name; the same for the same settings and tokenizer.
+
+    Raises `SelectionError` when the base lacks tokens that the probe needs, `ProbeTooLong` when it
+    lacks positions.
+    """
+    probe = PROBES[settings.probe](context, settings)
+    config = context.need_model().config
+    limit, longest = getattr(config, "max_position_embeddings", None), probe.tokens.shape[1]
+    if limit is not None and longest > limit:
+        what = f"pairs (now {settings.pairs})" if settings.probe == "dictionary" else "tokens"
+        raise ProbeTooLong(
+            f"probe {settings.probe} is {longest} tokens long, the base has {limit} positions: "
+            f"lower {what}"
+        )
+    highest = int(probe.tokens.max())
+    if highest >= config.vocab_size:
+        raise SelectionError(
+            f"probe {settings.probe} has token {highest}, the base has {config.vocab_size}: this "
+            "tokenizer is not the base's"
+        )
+    return probe
 
 
 def _repeated(
@@ -190,13 +228,26 @@ def _ending(tokenizer: Any, prompt: str, prefix: list[int], answer: str) -> list
     return alone
 
 
-def _from_text(tokenizer: Any, items: list[tuple[str, str, list[str]]]) -> Probe:
+def _from_text(
+    context: SelectionContext,
+    settings: RetrievalAwareSettings,
+    items: list[tuple[str, str, list[str]]],
+) -> Probe:
     """A probe from (prompt, answer, wrong answers)."""
+    tokenizer = context.tokenizer
+    if tokenizer is None:
+        raise SelectionError(f"probe {settings.probe} is text: it needs the base's tokenizer")
+    unknown = getattr(tokenizer, "unk_token_id", None)
     rows: list[list[int]] = []
     found: list[tuple[int, list[int], list[list[int]]]] = []
     for prompt, answer, wrong in items:
         prefix: list[int] = tokenizer(prompt)["input_ids"]
         truth = _ending(tokenizer, prompt, prefix, answer)
+        if unknown is not None and unknown in prefix + truth:
+            raise SelectionError(
+                f"probe {settings.probe}: the base has no tokens for {(prompt + answer)[:60]!r} "
+                "...: use probe copy or repeat"
+            )
         rivals: list[list[int]] = [[] for _ in truth]
         for candidate in wrong:
             tokens = _ending(tokenizer, prompt, prefix, candidate)

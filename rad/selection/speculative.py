@@ -1,12 +1,15 @@
 """Self-speculative decoding: draft with some attention sub-layers skipped, verify with all.
 
 The draft is the same model with the attention of chosen layers bypassed (their MLPs stay); one
-forward pass of the full model verifies a draft; tokens are accepted while they equal the full
-model's greedy choice, so the output is the full model's greedy output whatever was skipped. Draft
-and verification share the key/value cache of verified tokens; entries that the draft added are
-cropped before verification. (RAD, section 3.1; Draft & Verify, arXiv 2309.08168.)
+forward pass of the full model verifies a draft. With the greedy rule tokens are accepted while they
+equal the full model's choice, so the output is the full model's greedy output whatever was skipped;
+with the sampled rule it has the full model's distribution (`rad.selection.sampling`). Draft and
+verification share one cache of verified tokens (`rad.selection.rollback`), also in a hybrid. A pass
+over several tokens rounds differently from a pass over one: where the two likeliest tokens are that
+close, and half precision makes many such, greedy outputs can part. (RAD, section 3.1; Draft &
+Verify, arXiv 2309.08168.)
 
-Legend: B prompts, T tokens, S window starts, W draft length.
+Legend: B prompts, T tokens, V vocabulary, W draft length.
 
 Try it: `speculative_generate(model, prompt, skip={2, 5}, new_tokens=32)`.
 """
@@ -21,35 +24,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rad.selection.base import CostMeter, decoder_layers
+from rad.selection.base import CostMeter, SelectionError, decoder_layers
+from rad.selection.rollback import SharedCache
+from rad.selection.sampling import Greedy, Rule
 
 
 @contextmanager
-def skip_attention(model: Any, layers: Collection[int]) -> Iterator[None]:
+def skip_attention(
+    model: Any, layers: Collection[int], *, fill_cache: bool = True
+) -> Iterator[None]:
     """Within the block, attention of `layers` is not computed and contributes zero.
 
-    A skipped layer adds nothing to a key/value cache either, so calls with a cache must pass
-    `attention_mask` and `position_ids` themselves: transformers reads the length off one layer.
-    Raises `IndexError` for a layer that does not exist.
+    A cache that is passed along gets zeros where a skipped layer would have put keys and values:
+    transformers reads the number of cached tokens off a single layer, so that without them
+    `generate` would number its tokens wrongly whenever that layer is skipped. `fill_cache=False` is
+    for callers whose cache counts by itself. Raises `SelectionError` for a layer that does not
+    exist.
     """
     modules = decoder_layers(model)
     unknown = [layer for layer in layers if not 0 <= layer < len(modules)]
     if unknown:
-        raise IndexError(f"no layer {unknown[0]} in a model of {len(modules)} layers")
-
-    def bypass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        del args, kwargs
-        return torch.zeros_like(hidden_states), None
-
-    skipped = [modules[layer].self_attn for layer in set(layers)]
-    for attention in skipped:
+        raise SelectionError(
+            f"cannot skip layer {unknown[0]}: the model has layers 0 to {len(modules) - 1}"
+        )
+    chosen = sorted(set(layers))
+    for layer in chosen:
         # An instance attribute hides the class's method and is gone when deleted.
-        attention.forward = bypass
+        modules[layer].self_attn.forward = _bypass(modules[layer].self_attn, layer, fill_cache)
     try:
         yield
     finally:
-        for attention in skipped:
-            del attention.forward
+        for layer in chosen:
+            del modules[layer].self_attn.forward
+
+
+def _bypass(attention: Any, layer: int, fill_cache: bool) -> Any:
+    """What a skipped attention module does instead: nothing but, if asked, fill the cache."""
+    own = getattr(attention, "softmax", attention)  # the kept heads of a hybrid's layer, or None
+
+    def bypass(
+        hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        del args, kwargs
+        if fill_cache and past_key_values is not None and own is not None:
+            width = own.head_dim
+            kv_heads = own.k_proj.out_features // width
+            shape = (hidden_states.shape[0], kv_heads, hidden_states.shape[1], width)  # (B,K,T,D)
+            nothing = hidden_states.new_zeros(()).expand(shape)
+            past_key_values.update(nothing, nothing, layer)
+        return torch.zeros_like(hidden_states), None
+
+    return bypass
 
 
 @dataclass
@@ -106,6 +131,13 @@ class Statistics:
         self.verifications += 1
         self.emitted += accepted + 1
 
+    def add(self, other: Statistics) -> None:
+        """Count another loop's in."""
+        self.drafted += other.drafted
+        self.accepted += other.accepted
+        self.verifications += other.verifications
+        self.emitted += other.emitted
+
     @property
     def acceptance_rate(self) -> float:
         """Accepted share of the drafted tokens; 0 when none was drafted."""
@@ -126,45 +158,22 @@ class Statistics:
         return self.emitted / spent if spent else 0.0
 
 
-def crop_cache(cache: Any, length: int) -> None:
-    """Shorten every layer of `cache` to at most `length` tokens.
-
-    Layers may differ in length (a skipped one has no draft entries), and `DynamicCache.crop`
-    removes the same number from each.
-    """
-    for layer in cache.layers:
-        surplus = layer.get_seq_length() - length
-        if surplus > 0:
-            layer.crop(-surplus)
-
-
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """(T, keys) booleans -> (1, 1, T, keys) mask for eager and SDPA attention alike."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)[None, None]
-
-
-def _step(model: Any, tokens: Tensor, cache: Any, start: int, meter: CostMeter | None) -> Tensor:
-    """Logits (B, T, vocabulary) of `tokens` (B, T) at positions from `start`; grows `cache`."""
-    count = tokens.shape[1]
+def _step(
+    model: Any, tokens: Tensor, shared: SharedCache, meter: CostMeter | None, weights: int
+) -> Tensor:
+    """Logits (B,T,V) of `tokens` (B,T) after those in the cache, which grows."""
+    count, start = tokens.shape[1], shared.cache.tokens
     positions = torch.arange(start, start + count, device=tokens.device)
-    keys = torch.arange(start + count, device=tokens.device)
     logits: Tensor = model(
         input_ids=tokens,
-        attention_mask=additive_mask(keys[None] <= positions[:, None], model.dtype),
         position_ids=positions[None],
-        past_key_values=cache,
+        past_key_values=shared.cache,
         use_cache=True,
     ).logits
+    shared.cache.tokens = start + count
     if meter is not None:
-        meter.add(tokens.numel())
+        meter.add(tokens.numel(), weights=weights)
     return logits
-
-
-def _new_cache(model: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
 
 
 @torch.no_grad()
@@ -172,15 +181,35 @@ def greedy_generate(
     model: Any, prompts: Tensor, new_tokens: int, meter: CostMeter | None = None
 ) -> Tensor:
     """Plain greedy continuations (B, new_tokens) of equally long `prompts` (B, T)."""
-    cache = _new_cache(model)
+    shared, weights = SharedCache(model), model.num_parameters()
     found: list[Tensor] = []
-    tokens, start = prompts, 0
+    tokens = prompts
     for _ in range(new_tokens):
-        logits = _step(model, tokens, cache, start, meter)
-        start += tokens.shape[1]
+        logits = _step(model, tokens, shared, meter, weights)
         tokens = logits[:, -1:].argmax(-1)
         found.append(tokens)
     return torch.cat(found, dim=1) if found else prompts[:, :0]
+
+
+@torch.no_grad()
+def plain_generate(
+    model: Any,
+    prompt: Tensor,
+    new_tokens: int,
+    *,
+    rule: Rule | None = None,
+    stop_token: int | None = None,
+    meter: CostMeter | None = None,
+) -> list[int]:
+    """The continuation of one prompt (T,) without any draft: the reference of a speed-up."""
+    rule = rule or Greedy()
+    shared, weights = SharedCache(model), model.num_parameters()
+    tokens = prompt.reshape(1, -1)
+    output: list[int] = []
+    while len(output) < new_tokens and (not output or output[-1] != stop_token):
+        output.append(rule.choose(_step(model, tokens, shared, meter, weights)[0, -1]))
+        tokens = prompt.new_tensor([[output[-1]]])
+    return output
 
 
 @torch.no_grad()
@@ -192,44 +221,48 @@ def speculative_generate(
     *,
     max_draft: int = 8,
     draft_exit: DraftExit | None = None,
+    rule: Rule | None = None,
     stop_token: int | None = None,
     meter: CostMeter | None = None,
 ) -> tuple[list[int], Statistics]:
-    """The greedy continuation of `prompt` (T,), drafted with the attention of `skip` left out.
+    """The continuation of `prompt` (T,), drafted with the attention of `skip` left out.
 
     Returns at most `new_tokens` tokens, ending with `stop_token` when that comes first, and the
-    loop's counts. The tokens equal those of `greedy_generate`.
+    loop's counts. With the greedy `rule` (default) the tokens equal those of `greedy_generate`.
     """
-    draft_exit = draft_exit or DraftExit()
+    draft_exit, rule = draft_exit or DraftExit(), rule or Greedy()
     statistics = Statistics()
-    cache = _new_cache(model)
+    shared, weights = SharedCache(model), model.num_parameters()
     prompt = prompt.reshape(1, -1)
-    length = prompt.shape[1]  # tokens in the cache: all but the last one emitted
-    output = [int(_step(model, prompt, cache, 0, meter)[0, -1].argmax())]
-    while len(output) < new_tokens and output[-1] != stop_token:
+    with shared.verification():
+        logits = _step(model, prompt, shared, meter, weights)
+    shared.accept(prompt.shape[1], prompt.shape[1])
+    output = [rule.choose(logits[0, -1])] if new_tokens > 0 else []
+    while 0 < len(output) < new_tokens and output[-1] != stop_token:
         drafted: list[int] = []
+        drafts: list[Tensor] = []
         # One token of the room is the full model's own.
         room = min(max_draft, new_tokens - len(output) - 1)
-        with skip_attention(model, skip):
+        with skip_attention(model, skip, fill_cache=False):
             last = output[-1]
-            for index in range(room):
+            while len(drafted) < room and last != stop_token:
                 step = prompt.new_tensor([[last]])
-                logits = _step(model, step, cache, length + index, meter)[0, -1]
-                last = int(logits.argmax())
+                logits = _step(model, step, shared, meter, weights)[0, -1]
+                last, confidence, distribution = rule.propose(logits)
                 drafted.append(last)
-                if draft_exit.stops(float(logits.float().softmax(-1)[last])):
+                drafts.append(distribution)
+                # The token is proposed whatever its probability: dropping it here would make the
+                # output's distribution depend on the draft's.
+                if draft_exit.stops(confidence):
                     break
-        crop_cache(cache, length)
-        checked = prompt.new_tensor([[output[-1], *drafted]])
-        choices = _step(model, checked, cache, length, meter)[0].argmax(-1).tolist()
-        accepted = 0
-        while accepted < len(drafted) and drafted[accepted] == choices[accepted]:
-            accepted += 1
-        length += accepted + 1
-        crop_cache(cache, length)
+        checked = prompt.new_tensor([[output[-1], *drafted]])  # (1,W+1)
+        with shared.verification():
+            logits = _step(model, checked, shared, meter, weights)[0]
+        accepted, own = rule.verify(drafted, drafts, logits)
+        shared.accept(accepted + 1, len(drafted) + 1)
         statistics.record(len(drafted), accepted)
         draft_exit.update(len(drafted), accepted, max_draft)
-        for token in choices[: accepted + 1]:
+        for token in [*drafted[:accepted], own]:
             output.append(token)
             if token == stop_token:
                 break

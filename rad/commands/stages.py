@@ -1,0 +1,268 @@
+"""Verbs of the workflow: one per rule, taking files, and those that look at a study.
+
+Nothing heavy is imported before its verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rad.commands.options import CONFIG, JSON, OPTIONAL, PATH, Verb
+from rad.files import read_json, write_json, write_text
+
+
+def _external_selectors() -> list[str]:
+    from rad.settings import SELECTOR_SETTINGS
+
+    rules = Path("workflow/rules/selection").glob("*.smk")
+    return sorted({rule.stem for rule in rules} - set(SELECTOR_SETTINGS))
+
+
+def _study(files: Sequence[Path]) -> Any:
+    from rad.study import load
+
+    return load(files, _external_selectors())
+
+
+def plan(args: argparse.Namespace) -> None:
+    """List the runs of a study."""
+    study = _study(args.config)
+    for run in study.run_table.values():
+        print(f"{run.id}  [{', '.join(run.views)}]")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check a study before any work: names, budgets, models, files."""
+    from rad.preflight import check as preflight
+
+    study = _study(args.config)
+    preflight(study)
+    print(f"{study.folder}: {len(study.run_table)} runs, no fault found")
+
+
+def schema(args: argparse.Namespace) -> None:
+    """Write the JSON schema and the key table of the configuration."""
+    from rad.schema import json_schema, key_table
+
+    write_text(args.schema, json.dumps(json_schema(), indent=2, sort_keys=True) + "\n")
+    write_text(args.table, key_table())
+
+
+def model(args: argparse.Namespace) -> None:
+    """Describe a model of the study."""
+    from rad.models.sources import describe
+
+    write_json(args.output, describe(args.name, args.settings))
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Train a nano model from nothing, score it and write its card."""
+    from rad.pretraining.card import describe
+    from rad.pretraining.loop import pretrain as run
+
+    run(args.size, args.output, seed=args.seed, threads=args.threads or 1)
+    describe(args.output, args.size)
+
+
+def corpus(args: argparse.Namespace) -> None:
+    """Tokenise and pack a corpus."""
+    from rad.data.corpus import build
+    from rad.models.sources import load_tokenizer
+    from rad.settings import CorpusSettings
+
+    record = read_json(args.model)
+    build(
+        args.name,
+        CorpusSettings.model_validate(args.settings),
+        load_tokenizer(record["source"], revision=record["revision"]),
+        args.output,
+        tokenizer_sha256=record["tokenizer_sha256"],
+    )
+
+
+def tasks(args: argparse.Namespace) -> None:
+    """Build the evaluation documents of a suite."""
+    from rad.evaluation.build import build_tasks
+    from rad.settings import EvaluationSettings
+
+    record = read_json(args.model)
+    build_tasks(EvaluationSettings.model_validate(args.settings), record["path"], args.output)
+
+
+def align(args: argparse.Namespace) -> None:
+    """Stage-1 alignment of all layers' mixers."""
+    from rad.distillation.align import align as run
+    from rad.settings import AlignmentSettings
+
+    run(
+        read_json(args.model),
+        args.mixer,
+        AlignmentSettings.model_validate(args.settings),
+        corpus=args.corpus,
+        state=args.state,
+        output=args.output,
+    )
+
+
+def distil(args: argparse.Namespace) -> None:
+    """Convert the base under a placement and distil it."""
+    from rad.distillation.run import distil as run
+    from rad.placement import Placement
+
+    placement = Placement.load(args.placement)
+    probe = None
+    if args.tasks is not None:
+        from rad.evaluation.probe import probe_of
+
+        probe = probe_of(args.tasks, args.probe_samples)
+    run(
+        read_json(args.spec),
+        placement,
+        corpus=args.corpus,
+        state=args.state,
+        output=args.output,
+        aligned=args.aligned,
+        probe=probe,
+    )
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score a model on every task of the suite and measure its cache and decode speed."""
+    from rad.evaluation.efficiency import measure
+    from rad.evaluation.harness import evaluate as run
+    from rad.models import sources
+    from rad.settings import EvaluationSettings
+
+    spec = read_json(args.spec)
+    settings = EvaluationSettings.model_validate(args.settings)
+    where = spec["model"] if "reference" in spec else {"source": str(args.output / "model")}
+    loaded = sources.load(
+        where["source"], revision=where.get("revision"), dtype=where.get("dtype", "float32")
+    )
+    tokenizer = sources.load_tokenizer(where["source"], revision=where.get("revision"))
+    run(
+        loaded,
+        tokenizer,
+        args.tasks,
+        run=spec["run"],
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        output=args.output,
+    )
+    efficiency = settings.efficiency
+    write_json(
+        args.output / "efficiency.json",
+        measure(
+            loaded,
+            run=spec["run"],
+            contexts=efficiency.contexts,
+            decode_tokens=efficiency.decode_tokens,
+            batch_size=efficiency.batch_size,
+        ),
+    )
+
+
+def report(args: argparse.Namespace) -> None:
+    """Build tables, figures and report.html from the results of a study."""
+    from rad.reporting import build_report
+    from rad.study import Study
+
+    raw = read_json(args.study)
+    build_report(Study.from_config(raw, raw.pop("external_selectors", ())), args.root)
+
+
+def teacher_outputs(args: argparse.Namespace) -> None:
+    """Run a teacher over a corpus once and store what students need of it."""
+    from rad.distillation.teacher_outputs import write_outputs
+    from rad.models import sources
+
+    record = read_json(args.model)
+    manifest = write_outputs(
+        sources.load(record["source"], revision=record["revision"], dtype=record["dtype"]),
+        args.corpus,
+        args.output,
+        args.kind,
+        args.k,
+        args.dtype,
+        teacher_sha256=record["weights_sha256"],
+        tokenizer_sha256=record["tokenizer_sha256"],
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        vocabulary=args.vocabulary,
+    )
+    print(json.dumps({key: manifest[key] for key in ("bytes_per_token", "loss")}, indent=2))
+
+
+VERBS: dict[str, Verb] = {
+    "plan": (plan, [CONFIG]),
+    "check": (check, [CONFIG]),
+    "schema": (schema, [("--schema", PATH), ("--table", PATH)]),
+    "model": (model, [("--name", {"required": True}), ("--settings", JSON), ("--output", PATH)]),
+    "pretrain": (
+        pretrain,
+        [
+            ("--size", {"required": True}),
+            ("--output", PATH),
+            ("--seed", {"type": int, "default": 0}),
+        ],
+    ),
+    "corpus": (
+        corpus,
+        [
+            ("--name", {"required": True}),
+            ("--settings", JSON),
+            ("--model", PATH),
+            ("--output", PATH),
+        ],
+    ),
+    "tasks": (tasks, [("--settings", JSON), ("--model", PATH), ("--output", PATH)]),
+    "align": (
+        align,
+        [
+            ("--model", PATH),
+            ("--mixer", JSON),
+            ("--settings", JSON),
+            ("--corpus", PATH),
+            ("--state", PATH),
+            ("--output", PATH),
+        ],
+    ),
+    "distil": (
+        distil,
+        [
+            ("--spec", PATH),
+            ("--placement", PATH),
+            ("--corpus", PATH),
+            ("--tasks", OPTIONAL),
+            ("--probe-samples", {"type": int, "default": 0}),
+            ("--aligned", OPTIONAL),
+            ("--state", PATH),
+            ("--output", PATH),
+        ],
+    ),
+    "evaluate": (
+        evaluate,
+        [("--spec", PATH), ("--tasks", PATH), ("--settings", JSON), ("--output", PATH)],
+    ),
+    "report": (report, [("--study", PATH), ("--root", PATH)]),
+    "teacher-outputs": (
+        teacher_outputs,
+        [
+            ("--model", {**PATH, "help": "description of the teacher (source.json)"}),
+            ("--corpus", PATH),
+            ("--output", {**PATH, "help": "folder; an interrupted one is completed"}),
+            ("--kind", {"choices": ["hidden", "top_k", "sampled"], "default": "hidden"}),
+            ("--k", {"type": int, "default": None, "help": "entries of top_k, draws of sampled"}),
+            ("--dtype", {"default": None, "help": "of what is stored; default: see docs"}),
+            ("--temperature", {"type": float, "default": 1.0}),
+            ("--seed", {"type": int, "default": 0}),
+            ("--batch-size", {"type": int, "default": 8}),
+            ("--vocabulary", {"type": int, "default": None, "help": "rows of the head that count"}),
+        ],
+    ),
+}

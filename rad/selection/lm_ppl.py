@@ -1,0 +1,41 @@
+"""LM-PPL: keep the layers without whose attention the base predicts text worst.
+
+The authors' script is not public; the rule is the default of the KL-guided sheet (section 3): the
+attention output of one layer is zero and layers rank by the rise of perplexity. The score is the
+rise of cross entropy, which ranks alike and does not overflow.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rad.placement import Placement, Scores
+from rad.selection.base import SelectionContext
+from rad.selection.layer_moves import ranking_record, stand_ins, sweep, text_batches, text_loss
+from rad.selector_settings import LmPplSettings
+
+
+def select(context: SelectionContext) -> Placement:
+    """Keep the K layers whose absence raises the loss on calibration rows most.
+
+    Needs a corpus; `move: linearise` also the resources `mixer` and `aligned`.
+    """
+    settings = context.settings
+    assert isinstance(settings, LmPplSettings)
+    kept = context.layer_count()
+    batches = text_batches(context.need_corpus(), settings.rows, settings.batch_size, settings.seed)
+    modules = stand_ins(context, settings.move)
+    intact, changed = sweep(context, batches, modules, text_loss, "lm_ppl")
+    scores = (changed - intact)[:, 0].tolist()
+    return context.layer_placement(
+        context.best_layers(scores),
+        scores=Scores(
+            kind="layer",
+            name="rise of cross entropy without the layer's attention (nats per token)",
+            values=scores,
+        ),
+        provenance={
+            "intact_perplexity": math.exp(float(intact[0])),
+            **ranking_record(scores, True, kept),
+        },
+    )

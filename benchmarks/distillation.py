@@ -1,6 +1,6 @@
 """Steps of distillation against a straightforward implementation, in turns in one process.
 
-    python -m benchmarks.distillation [--source nano:medium] [--rows 16] [--context 128]
+    python -m benchmarks.distillation [--source nano:medium] [--rows 4] [--context 512]
 
 Mixers-only self-distillation. The peer is what one would write first: two Hugging Face models, the
 teacher a copy of its own, full logits of both, `kl_div`, AdamW on the mixers. It comes in two
@@ -164,8 +164,8 @@ def main() -> None:
     """Print tokens per second and ratios to the peers."""
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--source", default="nano:medium")
-    options.add_argument("--rows", type=int, default=16)
-    options.add_argument("--context", type=int, default=128)
+    options.add_argument("--rows", type=int, default=4)
+    options.add_argument("--context", type=int, default=512)
     options.add_argument("--repeats", type=int, default=12)
     chosen = options.parse_args()
     torch.set_num_threads(1)

@@ -394,6 +394,9 @@ class PresetSettings(Settings):
     """A list that a paper published; `rad/assets/selections.json` has them all with sources."""
 
     method: Literal["preset"] = "preset"
+    keep: list[int] | None = Field(
+        None, description="any other list, written here: the layers to keep, best first"
+    )
     name: str | None = Field(
         None, description="id of a list, e.g. set.kl.smart.qwen3b.k9; the other keys narrow down"
     )
@@ -432,7 +435,7 @@ SELECTOR_SETTINGS: dict[str, type[Settings]] = {
 }
 
 
-# what a method works from, besides the shape of the base; asked by the workflow and `rad select`
+# what a method works from, besides the shape of the base
 NEEDS: dict[str, tuple[str, ...]] = {
     "uniform": (),
     "random": (),
@@ -447,7 +450,24 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "vt": ("model",),
     "cwe": ("model",),
     "lm_ppl": ("model", "corpus"),
-    "activation_mse": ("model", "corpus", "aligned"),
-    "leave_one_out": ("model", "corpus", "aligned"),
+    "activation_mse": ("model", "corpus"),
+    "leave_one_out": ("model", "corpus"),
     "flash_morph": ("model", "corpus", "aligned"),
 }
+
+
+def needs_of(settings: Settings) -> tuple[str, ...]:
+    """What these settings work from: `model`, `corpus`, `aligned` mixers, the settings of a `mixer`.
+
+    A selector of the user's own is given the model.
+    """
+    needs = list(NEEDS.get(settings.method, ("model",)))  # type: ignore[attr-defined]
+    if getattr(settings, "move", None) == "linearise":
+        needs += ["corpus", "aligned"]
+    if getattr(settings, "sensitivity", None) == "zero":
+        needs.remove("aligned")
+    if getattr(settings, "mode", None) == "progressive":
+        needs.append("aligned" if settings.initialisation == "aligned" else "mixer")  # type: ignore[attr-defined]
+    if "aligned" in needs:
+        needs.append("mixer")
+    return tuple(dict.fromkeys(needs))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rad.settings import NEEDS
+from rad.settings import needs_of
 from rad.study import Study
 
 
@@ -67,19 +67,23 @@ class Helpers:
 
     def selector_options(self, wildcards: Any) -> str:
         """What the method works from, as options of `rad select`."""
-        needs = NEEDS[self._method(wildcards)]
+        needs = self._needs(wildcards)
         options = []
         if "corpus" in needs:
             options.append(f"--corpus {self._path('corpus', self.study.calibration)}")
-        if "aligned" in needs:
+        if "mixer" in needs:
             mixer = self._selector_mixer(wildcards)
-            options.append(f"--aligned {self._path('alignment', wildcards.base, mixer)}")
+            if "aligned" in needs:
+                options.append(f"--aligned {self._path('alignment', wildcards.base, mixer)}")
             settings = _json(self.study.mixers[mixer].model_dump(mode="json"))
             options.append(f"--mixer {shlex.quote(settings)}")
             options.append(
                 f"--state {self.state(wildcards)}/select-{wildcards.base}-{wildcards.selector}"
             )
         return " ".join(options)
+
+    def _needs(self, wildcards: Any) -> tuple[str, ...]:
+        return needs_of(self.study.selector_settings[wildcards.selector])
 
     def _method(self, wildcards: Any) -> str:
         return self.study.selector_settings[wildcards.selector].method  # type: ignore[attr-defined,no-any-return]
@@ -148,11 +152,11 @@ class Helpers:
         return f"<results>/corpus/{self.study.corpus}/manifest.json"
 
     def selector_corpus(self, wildcards: Any) -> list[str]:
-        needed = "corpus" in NEEDS[self._method(wildcards)]
+        needed = "corpus" in self._needs(wildcards)
         return [self.calibration_corpus(wildcards)] if needed else []
 
     def selector_alignment(self, wildcards: Any) -> list[str]:
-        if "aligned" not in NEEDS[self._method(wildcards)]:
+        if "aligned" not in self._needs(wildcards):
             return []
         mixer = self._selector_mixer(wildcards)
         return [f"<results>/alignment/{wildcards.base}/{mixer}/mixers.safetensors"]

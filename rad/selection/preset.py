@@ -27,6 +27,8 @@ def select(context: SelectionContext) -> Placement:
     """
     settings = context.settings
     assert isinstance(settings, PresetSettings)
+    if settings.keep is not None:
+        return _written(context, settings.keep)
     matching = _of_this_shape(context, _matching(settings))
     kept: dict[str, list[Pair]] = {}
     refused: BudgetError | None = None
@@ -72,6 +74,20 @@ def select(context: SelectionContext) -> Placement:
             "published": record,
         },
     )
+
+
+def _written(context: SelectionContext, layers: Sequence[int]) -> Placement:
+    """The first layers of a list given in the settings; raises `SelectionError` when too few."""
+    count = context.layer_count()
+    if len(set(layers)) != len(layers) or not set(layers) <= set(range(context.layers)):
+        raise SelectionError(
+            f"preset.keep {list(layers)}: expected different layers from 0 to {context.layers - 1}"
+        )
+    if count > len(layers):
+        raise SelectionError(
+            f"preset.keep has {len(layers)} layers, budget {context.budget.slug} keeps {count}"
+        )
+    return context.layer_placement(list(layers[:count]))
 
 
 def _matching(settings: PresetSettings) -> list[Published]:

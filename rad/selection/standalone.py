@@ -23,12 +23,12 @@ from rad.models.sources import describe, load, load_tokenizer
 from rad.placement import Budget, Placement, first_error
 from rad.selection.base import SelectionContext, SelectionError, head_bytes_of, select
 from rad.settings import (
-    NEEDS,
     SELECTOR_SETTINGS,
     AlignmentSettings,
     CorpusSettings,
     ExternalSettings,
     Settings,
+    needs_of,
 )
 
 NANO_CORPUS = CorpusSettings(
@@ -67,11 +67,6 @@ def settings_of(method: str, values: Mapping[str, Any]) -> Settings:
         ) from error
 
 
-def needs(method: str) -> tuple[str, ...]:
-    """What a method works from; a selector file gets the model and a corpus if one is given."""
-    return NEEDS.get(method, ("model",))
-
-
 def run(
     method: str,
     settings: Settings,
@@ -84,7 +79,7 @@ def run(
     state: Path | None = None,
 ) -> Placement:
     """Run a selector on a described base (`models/<name>/source.json`) and check its placement."""
-    wanted = needs(method)
+    wanted = needs_of(settings)
     weights: dict[str, Any] = {}
     if "model" in wanted:
         where = {"revision": record["revision"]}
@@ -146,7 +141,7 @@ def prepare(
     name = base.rstrip("/").rpartition("/")[2].replace(":", "-")
     record = describe(name, source)
     assert record is not None
-    wanted = needs(method)
+    wanted = needs_of(settings)
     if corpus is None and ("corpus" in wanted or texts):
         corpus = _corpus(method, record, texts, work)
     aligned = None

@@ -1,4 +1,4 @@
-# Layers whose mixer stays furthest from their attention.
+# Error of the last hidden state with a layer ablated.
 use rule select as select_activation_mse with:
     wildcard_constraints:
         selector=HELPERS.selectors_of("activation_mse"),

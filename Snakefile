@@ -21,6 +21,7 @@ for selector_rules in SELECTION_RULES:
     include: selector_rules
 
 
+include: "workflow/rules/teacher.smk"
 include: "workflow/rules/convert.smk"
 include: "workflow/rules/distil.smk"
 include: "workflow/rules/evaluate.smk"

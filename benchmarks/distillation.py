@@ -6,7 +6,8 @@ Mixers-only self-distillation. The peer is what one would write first: two Huggi
 teacher a copy of its own, full logits of both, `kl_div`, AdamW on the mixers. It comes in two
 forms, with everything else frozen (`frozen`) and with gradients for all weights of which the
 optimiser takes the mixers' (`all gradients`). Ours: the loop's own step, with and without the
-layers below the first converted one run once for teacher and student.
+layers below the first converted one run once for teacher and student, and in bfloat16 autocast
+(where the hardware has it; it is the same as without elsewhere).
 
 Alignment of all layers. The peer trains layer after layer, each with its own pass of the base.
 
@@ -43,6 +44,8 @@ from rad.placement import Placement
 from rad.settings import StageSettings
 
 Step = Callable[[Batch], float]
+# what `rad select rad --budget f0.7` converts of nano:medium
+RAD_CHOICE = [1, 3, 7]
 
 
 def hybrid(base: Any, converted: Sequence[int]) -> Any:
@@ -84,13 +87,19 @@ def plain_step(base: Any, converted: Sequence[int], frozen: bool) -> Step:
     return step
 
 
-def our_step(base: Any, settings: StageSettings, converted: Sequence[int], share: bool) -> Step:
+def our_step(
+    base: Any,
+    settings: StageSettings,
+    converted: Sequence[int],
+    share: bool = True,
+    autocast: bool = False,
+) -> Step:
     """One step of the loop."""
     student = hybrid(base, converted)
     adamw, _ = optimisers.build(student, settings)
     if share:
         share_frozen(student, base)
-    stage = Stage(settings, student, base, base, share=share)
+    stage = Stage(settings, student, base, base, share=share, autocast=autocast)
     parameters = [p for group in adamw.param_groups for p in group["params"]]
 
     def step(batch: Batch) -> float:
@@ -157,6 +166,7 @@ def placements(layers: int) -> dict[str, list[int]]:
         "top quarter": list(range(layers - layers // 4, layers)),
         "top half": list(range(layers - layers // 2, layers)),
         "every second": list(range(1, layers, 2)),
+        "RAD's choice": RAD_CHOICE,
     }
 
 
@@ -186,7 +196,8 @@ def main() -> None:
                 "peer, all gradients": plain_step(base, converted, frozen=False),
                 "peer, frozen": plain_step(base, converted, frozen=True),
                 "ours, nothing shared": our_step(base, mixers, converted, share=False),
-                "ours": our_step(base, mixers, converted, share=True),
+                "ours": our_step(base, mixers, converted),
+                "ours, bfloat16": our_step(base, mixers, converted, autocast=True),
             },
             batch,
             chosen.repeats,
@@ -202,7 +213,7 @@ def main() -> None:
     found = in_turns(
         {
             "layer by layer": layer_by_layer(base),
-            "ours": our_step(base, align, every, share=True),
+            "ours": our_step(base, align, every),
         },
         batch,
         max(4, chosen.repeats // 2),

@@ -32,6 +32,7 @@ def check(study: Study) -> dict[str, dict[str, Any]]:
     _check_vocabularies(study, records)
     _check_budgets(study, records)
     _check_files(study)
+    _check_steps(study)
     return records
 
 
@@ -64,6 +65,23 @@ def _check_budgets(study: Study, records: dict[str, dict[str, Any]]) -> None:
                 run.budget.layer_count(record["layers"], record["heads"])
         except BudgetError as error:
             raise StudyError(f"run {run.id}: {error}") from error
+
+
+def _check_steps(study: Study) -> None:
+    """A stage of less than one step, or of rows longer than the corpus has, trains nothing."""
+    stages = [
+        (f"recipes.{name}", stage, study.corpora[study.corpus].context)
+        for name in {run.recipe for run in study.run_table.values()}
+        for stage in study.recipes[name].stages
+    ]
+    if study.alignment is not None:
+        context = study.corpora[study.alignment.corpus].context
+        stages.append(("alignment", study.alignment.stage(), context))
+    for where, stage, context in stages:
+        try:
+            stage.steps(min(stage.context or context, context))
+        except ValueError as error:
+            raise StudyError(f"{where}: {error}") from error
 
 
 def _check_files(study: Study) -> None:

@@ -17,6 +17,7 @@ from rad import settings as leaves
 from rad.placement import Budget
 from rad.study import GridEntry, Study
 
+
 def _selectors() -> dict[type[Any], list[str]]:
     """Settings class -> the methods that it configures."""
     classes: dict[type[Any], list[str]] = {}
@@ -32,6 +33,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("corpora.<name>.sources[]", "A source of a corpus", leaves.SourceSettings),
     *(("mixers.<name>", f"Mixer `{name}`", kind) for name, kind in leaves.MIXER_SETTINGS.items()),
     ("alignment", "Stage-1 alignment", leaves.AlignmentSettings),
+    ("teacher_outputs.<model>", "Stored outputs of a teacher", leaves.TeacherOutputsSettings),
     *(
         (
             "selectors.<name>",
@@ -42,6 +44,11 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ),
     ("recipes.<name>", "A recipe", leaves.RecipeSettings),
     ("recipes.<name>.stages[]", "A distillation stage", leaves.StageSettings),
+    (
+        "recipes.<name>.stages[].groups[]",
+        "Parameters with a rate of their own",
+        leaves.GroupSettings,
+    ),
     ("grid[]", "A block of the grid", GridEntry),
     ("grid[].budget", "A budget", Budget),
     ("evaluation", "Evaluation", leaves.EvaluationSettings),

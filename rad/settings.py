@@ -39,6 +39,7 @@ from rad.selector_settings import (
     RadSettings,
     RetrievalAwareSettings,
     UniformSettings,
+    needs_of,
 )
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "SourceSettings",
     "StageSettings",
     "UniformSettings",
+    "needs_of",
 ]
 
 
@@ -76,6 +78,25 @@ class ModelSettings(Settings):
     )
     revision: str | None = Field(None, description="hub revision (commit) to pin")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the weights")
+
+
+class TeacherOutputsSettings(Settings):
+    """What is stored of a teacher that runs over the corpus once, for all its students."""
+
+    kind: Literal["hidden", "top_k", "sampled"] = Field(
+        "hidden",
+        description="`hidden`: final hidden states and the head, exact; `top_k`: the most likely "
+        "tokens, the rest in one bucket; `sampled`: random draws (random-sampling KD), unbiased",
+    )
+    k: int | None = Field(
+        None, ge=1, description="entries of `top_k` (default 64), draws of `sampled` (default 50)"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="of what is stored; default: hidden states as the teacher has them"
+    )
+    temperature: float = Field(1.0, gt=0, description="of `top_k` and `sampled`")
+    batch_size: int = Field(8, gt=0, description="rows per teacher call")
+    seed: int = 0
 
 
 # --- evaluation -----------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from rad.files import digest
 from rad.placement import Budget, first_error
 from rad.settings import (
-    NEEDS,
     SELECTOR_SETTINGS,
     AlignmentSettings,
     CorpusSettings,
@@ -32,6 +31,8 @@ from rad.settings import (
     ModelSettings,
     RecipeSettings,
     Settings,
+    TeacherOutputsSettings,
+    needs_of,
 )
 
 RECIPE_VERSION = 2  # raised by hand when the meaning of a spec changes: every run is redone
@@ -94,6 +95,11 @@ class Study(Settings):
     calibration: str = Field("distil", description="corpus that selectors calibrate on")
     mixers: dict[str, MixerSettings] = Field(description="name -> mixer")
     alignment: AlignmentSettings | None = Field(None, description="stage 1, shared by all runs")
+    teacher_outputs: dict[str, TeacherOutputsSettings] = Field(
+        default_factory=dict,
+        description="teachers that run over the corpus once, in a job of their own: their students "
+        "read what was stored and never load them (a key of `models` -> what to store)",
+    )
     selectors: dict[str, dict[str, Any]] = Field(description="name -> `method` and its settings")
     recipes: dict[str, RecipeSettings] = Field(description="name -> distillation stages")
     grid: list[GridEntry] = Field(description="what is compared")
@@ -125,17 +131,19 @@ class Study(Settings):
         for name, where in need_corpus:
             if name not in self.corpora:
                 raise ValueError(f"{where}: unknown corpus {name!r}; known: {_join(self.corpora)}")
+        for name in self.teacher_outputs:
+            need("models", name, "teacher_outputs")
         for name in self.references:
             need("models", name, "references")
         for name, selector in self.selector_settings.items():
-            method = str(selector.method)  # type: ignore[attr-defined]
-            if "aligned" not in NEEDS.get(method, ()):
-                continue
+            needs = needs_of(selector)
             mixer = getattr(selector, "mixer", None)
-            if mixer is not None:
+            if "mixer" in needs and mixer is not None:
                 need("mixers", mixer, f"selectors.{name}.mixer")
-            if self.alignment is None:
-                raise ValueError(f"selectors.{name}: {method} needs the key `alignment`")
+            if "aligned" in needs and self.alignment is None:
+                raise ValueError(
+                    f"selectors.{name}: {selector.method} needs the key `alignment`"  # type: ignore[attr-defined]
+                )
         for index, entry in enumerate(self.grid):
             where = f"grid.{index}"
             need("models", entry.base, f"{where}.base")
@@ -239,6 +247,9 @@ class Study(Settings):
             "corpus": {"name": self.corpus, **self.corpora[self.corpus].model_dump(mode="json")},
             "seed": cell.seed,
         }
+        if cell.teacher in self.teacher_outputs:
+            stored = self.teacher_outputs[cell.teacher]
+            content["teacher_outputs"] = stored.model_dump(mode="json")
         return content
 
     def spec_digest(self, run: str) -> str:

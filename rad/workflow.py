@@ -127,6 +127,22 @@ class Helpers:
         folder = self._alignment_folder(wildcards.run)
         return f"--aligned {folder}" if folder else ""
 
+    def teacher_options(self, wildcards: Any) -> str:
+        """Options of `rad distil` when the run's teacher has stored its outputs."""
+        teacher = self._stored_teacher(wildcards.run)
+        if not teacher:
+            return ""
+        model = self._path("models", teacher, "source.json")
+        return f"--teacher-outputs {self._path('teachers', teacher)} --teacher-model {model}"
+
+    def teacher_outputs_options(self, wildcards: Any) -> str:
+        settings = self.study.teacher_outputs[wildcards.model].model_dump(exclude_none=True)
+        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+
+    def _stored_teacher(self, name: str) -> str | None:
+        run = self.study.run_table[name]
+        return run.teacher if run.teacher in self.study.teacher_outputs else None
+
     # --- input files ---
 
     def tokenizer_model(self, wildcards: Any) -> str:
@@ -169,6 +185,10 @@ class Helpers:
         run = self.study.run_table[wildcards.run]
         names = [run.base] if run.teacher == "self" else [run.base, run.teacher]
         return [f"<results>/models/{name}/source.json" for name in names]
+
+    def run_teacher(self, wildcards: Any) -> list[str]:
+        teacher = self._stored_teacher(wildcards.run)
+        return [f"<results>/teachers/{teacher}/manifest.json"] if teacher else []
 
     def run_alignment(self, wildcards: Any) -> list[str]:
         folder = self._alignment_folder(wildcards.run)

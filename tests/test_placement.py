@@ -96,3 +96,21 @@ def test_files_round_trip_and_faults_name_the_file(tmp_path: Path) -> None:
 def test_a_placement_must_meet_the_budget_of_its_run() -> None:
     with pytest.raises(BudgetError, match="keeps 2 heads, budget l1 asks for 4"):
         _placement([(0, 0), (0, 1)]).check_budget(Budget(layers=1))
+
+
+def test_ties_at_the_cut_go_to_the_earlier_one_and_are_recorded() -> None:
+    from rad.selection.base import SelectionContext
+    from rad.settings import UniformSettings
+
+    context = SelectionContext(
+        base="b", layers=4, heads=2, kv_heads=1, budget=Budget(layers=2), settings=UniformSettings()
+    )
+    kept = context.best_layers([0.5, 1.0, 0.5, 0.5])
+    assert kept == [1, 0]
+    assert context.layer_placement(kept).provenance["ties_at_the_cut"] == [0, 2, 3]
+    clear = context.best_layers([3.0, 2.0, 1.0, 0.0])
+    assert "ties_at_the_cut" not in context.layer_placement(clear).provenance
+    context.budget = Budget(heads=1)
+    heads = context.best_heads([[0, 0], [1, 1], [0, 0], [0, 0]])
+    assert heads == [(1, 0)]
+    assert context.placement(heads).provenance["ties_at_the_cut"] == [(1, 0), (1, 1)]

@@ -179,6 +179,8 @@ recipes:
   kl: {log_points: 2, stages: [{tokens: 16384, batch_size: 16, learning_rate: 2.0e-3}]}
 grid:
   - {view: controlled, selector: [uniform, retrieval_aware], budget: {fraction: 0.25}, recipe: kl}
+  - {view: controlled, selector: uniform, budget: {fraction: 0.25}, recipe: kl, teacher: medium}
+teacher_outputs: {medium: {kind: hidden}}
 selectors:
   retrieval_aware: {samples: 8}
 references: [base]
@@ -205,7 +207,7 @@ evaluation:
     import rad  # noqa: F401  (registers the hybrids)
 
     runs = [path for path in (results / "runs").iterdir() if (path / "model").exists()]
-    assert len(runs) == 2
+    assert len(runs) == 3
     for run in runs:
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         assert type(model).__name__ == "LlamaHybridForCausalLM"

@@ -127,6 +127,11 @@ def distil(args: argparse.Namespace) -> None:
         output=args.output,
         aligned=args.aligned,
         probe=probe,
+        teacher_outputs=args.teacher_outputs,
+        teacher_sha256=read_json(args.teacher_model)["weights_sha256"]
+        if args.teacher_model
+        else None,
+        device=args.device,
     )
 
 
@@ -241,6 +246,9 @@ VERBS: dict[str, Verb] = {
             ("--tasks", OPTIONAL),
             ("--probe-samples", {"type": int, "default": 0}),
             ("--aligned", OPTIONAL),
+            ("--teacher-outputs", {**OPTIONAL, "help": "folder of `rad teacher-outputs`"}),
+            ("--teacher-model", {**OPTIONAL, "help": "description of that teacher"}),
+            ("--device", {"default": "cpu", "help": "cpu or cuda"}),
             ("--state", PATH),
             ("--output", PATH),
         ],

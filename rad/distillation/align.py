@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from rad.data.corpus import Corpus
-from rad.distillation import loop, losses
+from rad.distillation import loop
 from rad.distillation import state as states
-from rad.distillation.batches import slice_of
+from rad.distillation.batches import held_out
+from rad.distillation.layerwise import align_layer, layer_calls
 from rad.distillation.run import save_aligned, versions
 from rad.files import digest, write_json
 from rad.kernels.selftest import require
@@ -23,7 +24,7 @@ from rad.models import sources
 from rad.models.convert import convert
 from rad.models.kernel_check import kernel_records
 from rad.placement import Placement
-from rad.settings import AlignmentSettings, StageSettings
+from rad.settings import AlignmentSettings
 
 HELD_OUT_ROWS = 32
 
@@ -52,13 +53,6 @@ def align(
     )
     student = convert(base, nothing, mixer, settings.initialisation, seed=settings.seed)
     data = Corpus(corpus)
-    stage = StageSettings(
-        loss="align",
-        trainable="mixers",
-        tokens=settings.tokens,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-    )
     what = {
         "base_weights_sha256": base_record["weights_sha256"],
         "mixer": dict(mixer),
@@ -67,44 +61,47 @@ def align(
     }
     kernels = kernel_records(student)
     require(kernels)
-    before = layer_errors(base, student, data)
+    before = layer_errors(base, student, data, settings)
     job = loop.Job(
         student=student,
         base=base,
         teacher=base,
         corpus=data,
-        stages=[stage],
+        stages=[settings.stage()],
         seed=settings.seed,
         digest=digest(what),
         state=state,
+        autocast=settings.autocast,
         title=f"align {base_record['name']} {mixer['type']}",
     )
     records = loop.train(job)
-    save_aligned(student, output)
-    write_json(
-        output / "alignment.json",
-        {
-            "schema": 1,
-            **what,
-            "held_out_error_before": before,
-            "held_out_error_after": layer_errors(base, student, data),
-            "cost": {"tokens": records[-1]["tokens"], "seconds": job.seconds},
-            "losses": [record["train_loss"] for record in records],
-            "kernels": kernels,
-            "versions": versions(),
-        },
-    )
+    after = layer_errors(base, student, data, settings)
+    with states.space(output, "the job goes on from its last good state"):
+        save_aligned(student, output)
+        write_json(
+            output / "alignment.json",
+            {
+                "schema": 1,
+                **what,
+                "held_out_error_before": before,
+                "held_out_error_after": after,
+                "cost": {"tokens": records[-1]["tokens"], "seconds": job.seconds},
+                "losses": [record["train_loss"] for record in records],
+                "kernels": kernels,
+                "versions": versions(),
+            },
+        )
     states.discard(state)
 
 
 @torch.no_grad()
-def layer_errors(base: Any, student: Any, corpus: Corpus) -> list[float]:
-    """Held-out alignment loss of every layer: (L,) in units of the attention output's RMS error."""
-    tokens, weight = slice_of(
-        corpus.rows("held_out"), corpus.weights("held_out"), slice(0, HELD_OUT_ROWS)
-    )
-    errors = []
-    for layer, inputs, output, rope in loop.attention_pairs(base, tokens):
-        mine, _ = student.model.layers[layer].self_attn(inputs, position_embeddings=rope)
-        errors.append(losses.alignment_loss(output, mine, (weight > 0).float()).item())
-    return errors
+def layer_errors(
+    base: Any, student: Any, corpus: Corpus, settings: AlignmentSettings
+) -> list[float]:
+    """Held-out alignment loss of every layer: (L,), in the unit and distance that are trained."""
+    batch, stage = held_out(corpus, HELD_OUT_ROWS).to(base.device), settings.stage()
+    counted = (batch.weight > 0).float()
+    return [
+        align_layer(call, student, counted, stage).item()
+        for call in layer_calls(base, batch.tokens)
+    ]

@@ -1,35 +1,45 @@
 """The training loop: stages of distillation with a curve, a resumable state and clean interruption.
 
-    teacher(tokens) --KL--> student(tokens)        loss `kl`
-    base layer input --> base attention output     loss `align`, teacher-forced, layer by layer
+    for every stage:   freeze -> share what is frozen with the base -> optimiser
+        for every step:   losses and gradients (`stages`) -> clip -> AdamW
+                          at fixed token counts: a record of the curve, best weights
+                          every minute, and on a signal: the state
 
-Legend: B batch, T time, E hidden size, V vocabulary.
+Legend: B batch, T time.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rad.data.corpus import Corpus
-from rad.distillation import losses
 from rad.distillation import optimiser as optimisers
+from rad.distillation import speed
 from rad.distillation import state as states
-from rad.distillation.batches import Batches
-from rad.models.hybrid import HybridAttention
+from rad.distillation.batches import Batch, Batches, effective_context
+from rad.distillation.layerwise import attention_pairs
+from rad.distillation.shared_prefix import share_frozen, unshare
+from rad.distillation.stages import Stage, StepLosses
 from rad.progress import Progress
-from rad.settings import StageSettings
+from rad.recipe_settings import StageSettings
+
+__all__ = ["Interrupted", "Job", "attention_pairs", "train"]
 
 Record = dict[str, Any]
 Measure = Callable[[Any], Record]
+BEST = "best.safetensors"
 
 
 class Interrupted(Exception):
@@ -38,7 +48,11 @@ class Interrupted(Exception):
 
 @dataclass
 class Job:
-    """Everything a training run needs; `measure` adds held-out figures to a curve record."""
+    """Everything a training run needs; `measure` adds held-out figures to a curve record.
+
+    `teacher` is a model or a `teachers.Teacher`; `vocabulary` the rows of the heads that count when
+    they differ. `share` turns off what base and student share.
+    """
 
     student: Any
     base: Any
@@ -50,206 +64,289 @@ class Job:
     state: Path | None = None
     measure: Measure | None = None
     log_points: int = 12
+    log_tokens: list[int] = field(default_factory=list)
     save_every_seconds: float = 60.0
     title: str = "distil"
+    keep_best: bool = False
+    autocast: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
+    share: bool = True
+    vocabulary: int | None = None
     records: list[Record] = field(default_factory=list)
+    best: Record = field(default_factory=dict)  # step, tokens and held_out_kl of the best record
     seconds: float = 0.0
     resumed: int = 0
+
+    def context(self, stage: StageSettings) -> int:
+        """Tokens of a sequence in a stage."""
+        return effective_context(self.corpus, stage.context)
+
+    def steps(self, stage: StageSettings) -> int:
+        """Optimiser steps of a stage; raises `ValueError` when there is not one."""
+        return stage.steps(self.context(stage))
+
+    def tokens(self, stages: list[StageSettings]) -> int:
+        """Tokens that whole stages train on."""
+        return sum(self.steps(stage) * stage.batch_size * self.context(stage) for stage in stages)
 
 
 def train(job: Job) -> list[Record]:
     """Run every stage of `job` on `job.student` in place and return the curve's records.
 
-    Raises `Interrupted` after a signal (state saved), `StateError` on a foreign or corrupt state,
-    `FloatingPointError` when the loss is no number.
+    Raises `Interrupted` after a signal (state saved), `StateError` on a foreign state, a damaged
+    one without an older good one, or a full disk, `FloatingPointError` when a loss is no number,
+    `ValueError` when a stage is shorter than a step or its sequences exceed the model's range.
     """
+    total = sum(job.steps(stage) for stage in job.stages)
+    _check_range(job)
     saved = states.latest(job.state, job.digest) if job.state else None
     first_stage, first_step = 0, 0
     if saved:
         first_stage, first_step = saved["stage"], saved["step"]
-        job.records, job.seconds = saved["records"], saved["seconds"]
+        job.records, job.seconds, job.best = saved["records"], saved["seconds"], saved["best"]
         job.resumed = saved["resumed"] + 1
-    done = sum(_steps(job, stage) for stage in job.stages[:first_stage]) + first_step
-    total = sum(_steps(job, stage) for stage in job.stages)
-    with Progress(job.title, total, done) as progress, _signals() as stop:
-        for index, stage in enumerate(job.stages):
-            if index < first_stage:
-                continue
+    done = sum(job.steps(stage) for stage in job.stages[:first_stage]) + first_step
+    changed = _ever_trained(job)
+    with Progress(job.title, total, done) as progress, _signals() as asked, _recomputing(job):
+        for index in range(first_stage, len(job.stages)):
             resume = saved if saved and index == first_stage else None
-            _stage(job, index, stage, resume, progress, stop)
+            _StageLoop(job, index, changed, progress, asked).run(resume)
     return job.records
 
 
-def _steps(job: Job, stage: StageSettings) -> int:
-    return max(1, stage.tokens // (stage.batch_size * job.corpus.context))
+def _check_range(job: Job) -> None:
+    longest = getattr(job.student.config, "max_position_embeddings", None)
+    for stage in job.stages:
+        if longest is not None and job.context(stage) > longest:
+            raise ValueError(
+                f"stage {stage.title}: sequences of {job.context(stage)} tokens, the model's range "
+                f"is {longest} (max_position_embeddings); give the stage a shorter `context`"
+            )
+        live = isinstance(job.teacher, torch.nn.Module) or stage.loss != "kl"
+        if not live and job.context(stage) != job.corpus.context:
+            raise ValueError(
+                f"stage {stage.title}: context {stage.context} cuts the corpus's rows of "
+                f"{job.corpus.context} tokens, for which the teacher's outputs were stored; leave "
+                "`context` out or store outputs of a corpus of that context"
+            )
 
 
-def _stage(
-    job: Job,
-    index: int,
-    stage: StageSettings,
-    saved: dict[str, Any] | None,
-    progress: Progress,
-    stop: dict[str, bool],
-) -> None:
-    student, steps = job.student, _steps(job, stage)
-    optimiser, names = optimisers.build(student, stage)
-    batches = Batches(job.corpus, stage.batch_size, job.seed)
-    tokens_before = sum(
-        _steps(job, earlier) * earlier.batch_size * job.corpus.context
-        for earlier in job.stages[:index]
-    )
-    points = {round(k * steps / job.log_points) for k in range(1, job.log_points + 1)}
-    loss_sum, loss_count, start = 0.0, 0, 0
-    if saved:
-        states.restore(saved["path"], student, optimiser, names)
-        start, loss_sum, loss_count = saved["step"], saved["loss_sum"], saved["loss_count"]
-    elif index == 0:
-        job.records.append(_record(job, 0, 0, index, None, 0.0))
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    last_save = clock = time.perf_counter()
-    student.train()
+def _ever_trained(job: Job) -> set[str]:
+    """Names of the parameters that some stage trains: all that a state must hold."""
+    names: set[str] = set()
+    for stage in job.stages:
+        names |= set(optimisers.set_trainable(job.student, stage))
+    return names
 
-    def save(step: int) -> None:
+
+class _StageLoop:
+    """One stage of a job: its optimiser, batches, and the sums since the last record."""
+
+    def __init__(
+        self, job: Job, index: int, changed: set[str], progress: Progress, asked: dict[str, bool]
+    ) -> None:
+        self.job, self.index, self.changed = job, index, changed
+        self.progress, self.asked = progress, asked
+        self.settings = job.stages[index]
+        self.steps = job.steps(self.settings)
+        self.batches = Batches(
+            job.corpus, self.settings.batch_size, job.seed, context=self.settings.context
+        )
+        self.tokens_before = job.tokens(job.stages[:index])
+        self.points = self._points()
+        self.sums, self.count = StepLosses(), 0
+
+    def _points(self) -> set[int]:
+        """Steps after which a record is taken: a function of the settings alone."""
+        job, per_step = self.job, self.batches.tokens_per_batch
+        points = {round(k * self.steps / job.log_points) for k in range(1, job.log_points + 1)}
+        for tokens in job.log_tokens:
+            step = math.ceil((tokens - self.tokens_before) / per_step)
+            if 0 < step <= self.steps:
+                points.add(step)
+        return points
+
+    def run(self, saved: dict[str, Any] | None) -> None:
+        job, settings, student = self.job, self.settings, self.job.student
+        unshare(student, job.base, optimisers.matching(student, settings.trainable))
+        self.optimiser, self.names = optimisers.build(student, settings)
+        start = 0
+        if saved:
+            states.restore(saved["path"], student, self.optimiser, self.names)
+            start, self.count = saved["step"], saved["count"]
+            self.sums = StepLosses(**saved["sums"])
+        if job.share:
+            share_frozen(student, job.base)
+        self.stage = Stage(
+            settings,
+            student,
+            job.base,
+            job.teacher,
+            share=job.share,
+            autocast=job.autocast,
+            vocabulary=job.vocabulary,
+        )
+        if job.compile:
+            for layer in list(student.base_model.layers)[self.stage.shared :]:
+                layer.compile()
+        if not saved and self.index == 0:
+            self._record(0, None)
+        self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        student.train()
+        self._loop(start)
+        student.eval()
+
+    def _loop(self, start: int) -> None:
+        job = self.job
+        last_save = clock = time.perf_counter()
+        for step in range(start, self.steps):
+            found = self._step(step)
+            self.sums.add(found)
+            self.count += 1
+            now = time.perf_counter()
+            job.seconds, clock = job.seconds + now - clock, now
+            tokens = self.tokens_before + (step + 1) * self.batches.tokens_per_batch
+            where = f"stage {self.index + 1} of {len(job.stages)}, {tokens} tokens"
+            self.progress.advance(f"{where}, loss {found.total:.4f}")
+            if step + 1 in self.points:
+                self._record(step + 1, self.sums.divided(self.count))
+                self.sums, self.count = StepLosses(), 0
+                clock = time.perf_counter()  # measuring is not training time
+            if self.asked["stop"]:
+                self._save(step + 1)
+                raise Interrupted(
+                    f"{job.title}: stopped at step {step + 1} of {self.steps}; state saved"
+                )
+            if self.asked["save"] or clock - last_save > job.save_every_seconds:
+                self._save(step + 1)
+                self.asked["save"] = False
+                last_save = clock = time.perf_counter()
+
+    def _step(self, step: int) -> StepLosses:
+        optimisers.set_rate(self.optimiser, self.settings, step, self.steps)
+        batch = self.batches.batch(step)
+        found = self.stage.backward(batch)
+        # without a limit the norm is still computed: it tells a gradient that is no number
+        limit = math.inf if self.settings.clip is None else self.settings.clip
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        if not torch.isfinite(norm) or not math.isfinite(found.total):
+            self._broken(step, batch, found.total)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return found
+
+    def _broken(self, step: int, batch: Batch, loss: float) -> None:
+        where = ""
+        if self.job.state is not None:
+            tensors: dict[str, Tensor] = {
+                "tokens": batch.tokens,
+                "weight": batch.weight,
+                "rows": batch.rows,
+            }
+            where = f"; the batch is in {states.save_batch(self.job.state, tensors)}"
+        raise FloatingPointError(
+            f"{self.job.title}: loss or gradient is not finite at step {step + 1} of stage "
+            f"{self.settings.title} (loss {loss}); lower the learning rate{where}"
+        )
+
+    def _save(self, step: int) -> None:
+        job = self.job
         if job.state is None:
             return
         meta = {
             "digest": job.digest,
-            "stage": index,
+            "stage": self.index,
             "step": step,
             "records": job.records,
+            "best": job.best,
             "seconds": job.seconds,
             "resumed": job.resumed,
-            "loss_sum": loss_sum,
-            "loss_count": loss_count,
+            "sums": asdict(self.sums),
+            "count": self.count,
         }
-        states.save(job.state, student, optimiser, names, meta)
+        states.save(job.state, job.student, self.optimiser, self.names, meta, self.changed)
 
-    for step in range(start, steps):
-        tokens, weight = batches(step)
-        learning_rate = optimisers.set_rate(optimiser, stage, step, steps)
-        loss = _loss(job, stage, tokens, weight)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, stage.clip)
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"{job.title}: the gradient is not finite at step {step + 1} (loss {loss.item()}); "
-                "lower the learning rate"
-            )
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        loss_sum, loss_count = loss_sum + loss.item(), loss_count + 1
-        now = time.perf_counter()
-        job.seconds, clock = job.seconds + now - clock, now
-        tokens_done = tokens_before + (step + 1) * batches.tokens_per_batch
-        where = f"stage {index + 1} of {len(job.stages)}, {tokens_done} tokens"
-        progress.advance(f"{where}, loss {loss.item():.4f}")
-        if step + 1 in points:
-            job.records.append(
-                _record(job, step + 1, tokens_done, index, loss_sum / loss_count, learning_rate)
-            )
-            loss_sum, loss_count = 0.0, 0
-            clock = time.perf_counter()  # measuring is not training time
-        if stop["now"]:
-            save(step + 1)
-            raise Interrupted(f"{job.title}: stopped at step {step + 1} of {steps}; state saved")
-        if clock - last_save > job.save_every_seconds:
-            save(step + 1)
-            last_save = time.perf_counter()
-    student.eval()
+    def _record(self, step: int, mean: StepLosses | None) -> None:
+        """Append a point of the curve, and keep the weights when they are the best so far."""
+        job = self.job
+        tokens = self.tokens_before + step * self.batches.tokens_per_batch
+        rates = optimisers.learning_rates(self.optimiser)
+        last = job.records[-1] if job.records else {"tokens": tokens, "seconds": job.seconds}
+        elapsed = job.seconds - last["seconds"]
+        pace = (tokens - last["tokens"]) / elapsed if elapsed else 0.0  # since the last record
+        record: Record = {
+            "step": step,
+            "tokens": tokens,
+            "stage": self.index,
+            "stage_name": self.settings.title,
+            "train_loss": None if mean is None else mean.total,
+            "losses": {} if mean is None else mean.parts,
+            "layer_losses": {} if mean is None else mean.layers,
+            "learning_rate": list(rates.values())[-1],
+            "learning_rates": rates,
+            "seconds": job.seconds,
+            "tokens_per_second": pace,
+            "model_flops_per_second": pace * self.stage.flops(self.batches.context),
+            "peak_memory_mib": speed.peak_memory_mib(self.stage.device),
+        }
+        if job.measure is not None:
+            job.student.eval()
+            record |= job.measure(job.student)
+            job.student.train()
+            self._keep_best(record)
+        job.records.append(record)
 
-
-def _loss(job: Job, stage: StageSettings, tokens: Tensor, weight: Tensor) -> Tensor:
-    if stage.loss == "align":
-        return _alignment(job.student, job.base, tokens, weight)
-    with torch.no_grad():
-        target = job.teacher(tokens, use_cache=False).logits
-    logits = job.student(tokens, use_cache=False).logits
-    loss = stage.kl_weight * losses.kl_loss(target, logits, weight, stage.temperature)
-    if stage.ce_weight:
-        loss = loss + stage.ce_weight * losses.ce_loss(logits, tokens, weight)
-    return loss
+    def _keep_best(self, record: Record) -> None:
+        job, key = self.job, "held_out_kl"
+        if job.best and not record[key] < job.best[key]:
+            return
+        job.best = {name: record[name] for name in ("step", "tokens", "stage", key)}
+        if job.keep_best and job.state is not None:
+            states.save_weights(job.state / BEST, job.student, self.changed)
 
 
-def _alignment(student: Any, base: Any, tokens: Tensor, weight: Tensor) -> Tensor:
-    """Mean over converted layers of the distance between attention and mixer outputs.
+@contextmanager
+def _recomputing(job: Job) -> Iterator[None]:
+    """Activation checkpointing of every layer while the job runs, if it is asked for.
 
-    Teacher-forced: each layer gets the base's own input, so the layers are independent.
+    Not the library's switch, which also makes the embeddings' output require a gradient: the
+    backward pass would run down to layers that nobody trains.
     """
-    total: list[Tensor] = []
-    for layer, inputs, output, rope in attention_pairs(base, tokens):
-        module = student.model.layers[layer].self_attn
-        if isinstance(module, HybridAttention):
-            mine, _ = module(inputs, position_embeddings=rope)
-            total.append(losses.alignment_loss(output, mine, (weight > 0).float()))
-    return torch.stack(total).mean()
-
-
-def attention_pairs(
-    base: Any, tokens: Tensor
-) -> Iterator[tuple[int, Tensor, Tensor, tuple[Tensor, Tensor]]]:
-    """(layer, input (B,T,E), output (B,T,E), rope) of every attention layer, from one forward."""
-    seen: list[tuple[int, Tensor, Tensor, tuple[Tensor, Tensor]]] = []
-
-    def hook(layer: int) -> Callable[..., None]:
-        def keep(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            seen.append((layer, kwargs["hidden_states"], output[0], kwargs["position_embeddings"]))
-
-        return keep
-
-    handles = [
-        layer.self_attn.register_forward_hook(hook(index), with_kwargs=True)
-        for index, layer in enumerate(base.model.layers)
-    ]
+    layers = list(job.student.base_model.layers) if job.activation_checkpointing else []
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
     try:
-        with torch.no_grad():
-            base.model(tokens, use_cache=False)
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
-    yield from seen
-
-
-def _record(
-    job: Job, step: int, tokens: int, stage: int, loss: float | None, learning_rate: float
-) -> Record:
-    import resource
-
-    # ru_maxrss is in KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    record: Record = {
-        "step": step,
-        "tokens": tokens,
-        "stage": stage,
-        "train_loss": loss,
-        "learning_rate": learning_rate,
-        "seconds": job.seconds,
-        "tokens_per_second": tokens / job.seconds if job.seconds else 0.0,
-        "peak_memory_mib": peak,
-    }
-    if job.measure is not None:
-        job.student.eval()
-        record |= job.measure(job.student)
-        job.student.train()
-    return record
+        for layer in layers:
+            del layer.gradient_checkpointing, layer._gradient_checkpointing_func
 
 
 @contextmanager
 def _signals() -> Iterator[dict[str, bool]]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a flag that is read after each step."""
-    stop = {"now": False}
+    """Turn signals into flags that are read after each step.
 
-    def ask(_number: int, _frame: Any) -> None:
-        stop["now"] = True
+    SIGTERM, SIGINT and SIGUSR1 ask to save and stop, SIGUSR2 to save and go on.
+    """
+    asked = {"stop": False, "save": False}
 
+    def stop(_number: int, _frame: Any) -> None:
+        asked["stop"] = True
+
+    def save(_number: int, _frame: Any) -> None:
+        asked["save"] = True
+
+    wanted = dict.fromkeys((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), stop)
     previous = {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number, handler in (*wanted.items(), (signal.SIGUSR2, save)):
         try:
-            previous[number] = signal.signal(number, ask)
+            previous[number] = signal.signal(number, handler)
         except ValueError:  # not the main thread: the caller handles signals
             break
     try:
-        yield stop
+        yield asked
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

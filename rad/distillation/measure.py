@@ -1,4 +1,7 @@
-"""Held-out figures along the curve: KL to base and teacher, cross entropy, task probes."""
+"""Held-out figures along the curve: KL and agreement with base and teacher, cross entropy, probes.
+
+Legend: R rows, B rows of a part, T context, n tokens of a chunk, E hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +9,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rad.data.corpus import Corpus
-from rad.distillation.batches import slice_of
-from rad.distillation.losses import ce_loss, kl_loss
+from rad.distillation import losses
+from rad.distillation.batches import held_out
+from rad.distillation.chunked import chunk_tokens
+from rad.distillation.targets import LogitHead, Targets, head_of, rows_hidden
 
+MOST_TOKENS = 1024  # of a chunk: its logits stay in the cache of a CPU
 Probe = Callable[[Any], dict[str, float]]
 
 
 class HeldOut:
-    """A fixed held-out slice with the base's (and teacher's) logits computed once.
+    """A fixed held-out slice with the base's (and teacher's) final hidden states computed once.
 
-    Legend: R rows, T context, V vocabulary; keeps R*T*V logits per model in memory.
+    Keeps R*T*E values per model; logits are formed a few tokens at a time. `teacher` is a model or
+    a `Teacher` (None or the base itself: none of its own), `vocabulary` the rows of the heads that
+    count.
     """
 
     def __init__(
@@ -30,29 +38,88 @@ class HeldOut:
         rows: int = 64,
         batch_size: int = 32,
         probe: Probe | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        self.tokens, self.weight = slice_of(
-            corpus.rows("held_out"), corpus.weights("held_out"), slice(0, rows)
-        )
-        self.batch_size, self.probe = batch_size, probe
-        self.base = self._logits(base)
-        self.teacher = None if teacher is None or teacher is base else self._logits(teacher)
+        self.batch = held_out(corpus, rows).to(base.device)
+        self.tokens, self.weight = self.batch.tokens, self.batch.weight
+        self.parts = list(self.batch.split(max(1, -(-len(self.tokens) // batch_size))))
+        self.probe, self.vocabulary = probe, vocabulary
+        self.base = self._targets(base)
+        self.teacher = None if teacher is None or teacher is base else self._targets(teacher)
 
     @torch.no_grad()
-    def _logits(self, model: Any) -> Tensor:
-        return torch.cat(
-            [model(part, use_cache=False).logits for part in self.tokens.split(self.batch_size)]
-        )
+    def _targets(self, teacher: Any) -> list[Targets]:
+        if not isinstance(teacher, nn.Module):
+            return [
+                teacher.targets(
+                    part.tokens, part.rows, split="held_out", boundaries=part.boundaries
+                )
+                for part in self.parts
+            ]
+        head = head_of(teacher).detach()
+        return [
+            Targets("hidden", hidden=rows_hidden(teacher, part.tokens, part.boundaries), head=head)
+            for part in self.parts
+        ]
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, Any]:
-        """`held_out_kl`, `held_out_teacher_kl`, `held_out_ce` (nats per token) and `probe`."""
-        logits = self._logits(student)
-        record: dict[str, Any] = {
-            "held_out_kl": kl_loss(self.base, logits, self.weight).item(),
-            "held_out_ce": ce_loss(logits, self.tokens, self.weight).item(),
-        }
-        target = self.base if self.teacher is None else self.teacher
-        record["held_out_teacher_kl"] = kl_loss(target, logits, self.weight).item()
+        """`held_out_kl`, `held_out_teacher_kl`, `held_out_ce` (nats per token),
+        `held_out_agreement` (share of tokens with the base's most likely one) and `probe`.
+        """
+        head = head_of(student)
+        sums = dict.fromkeys(("kl", "agreement", "teacher_kl", "ce"), 0.0)
+        for index, part in enumerate(self.parts):
+            hidden = rows_hidden(student, part.tokens, part.boundaries)
+            for name, value in self._figures(hidden, head, index).items():
+                sums[name] += value
+        count = self.weight[:, 1:].double().sum().clamp_min(1e-8).item()
+        record: dict[str, Any] = {f"held_out_{name}": total / count for name, total in sums.items()}
         record["probe"] = self.probe(student) if self.probe else {}
         return record
+
+    def _figures(self, hidden: Tensor, head: LogitHead, index: int) -> dict[str, float]:
+        """Weighted sums over one part's tokens: every model's logits are formed once per chunk."""
+        part, base = self.parts[index], self.base[index]
+        teacher = self.teacher[index] if self.teacher is not None else None
+        # sums in double precision: shares of many tokens stay between 0 and 1
+        weight = part.weight[:, 1:].flatten().double()
+        ids = part.tokens[:, 1:].flatten()
+        rows = head.vocabulary if self.vocabulary is None else self.vocabulary
+        sums = dict.fromkeys(("kl", "agreement", "teacher_kl", "ce"), 0.0)
+        if teacher is not None and teacher.kind != "hidden":
+            values = losses.distillation_values(hidden, head, teacher, vocabulary=rows)
+            sums["teacher_kl"] = (values.flatten() * weight).sum().item()
+        size = min(MOST_TOKENS, chunk_tokens(rows, hidden.device))
+        for start in range(0, len(weight), size):
+            at = slice(start, start + size)
+            mine = _log_probabilities(hidden, head, at, rows)
+            theirs = _of(base, at, rows)
+            kl = _kl(theirs, mine)
+            sums["kl"] += (kl * weight[at]).sum().item()
+            same = theirs.argmax(-1) == mine.argmax(-1)
+            sums["agreement"] += (same * weight[at]).sum().item()
+            label = mine.gather(-1, ids[at].unsqueeze(-1)).squeeze(-1)
+            sums["ce"] -= (label * weight[at]).sum().item()
+            if teacher is None:
+                sums["teacher_kl"] += (kl * weight[at]).sum().item()
+            elif teacher.kind == "hidden":
+                kl = _kl(_of(teacher, at, rows), mine)
+                sums["teacher_kl"] += (kl * weight[at]).sum().item()
+        return sums
+
+
+def _log_probabilities(hidden: Tensor, head: LogitHead, at: slice, rows: int) -> Tensor:
+    """hidden (B,T,E) -> (n,V) of the tokens `at` among those that predict one."""
+    logits = head.logits(hidden[:, :-1].flatten(0, 1)[at], rows)
+    return torch.log_softmax(logits.float(), dim=-1)
+
+
+def _of(targets: Targets, at: slice, rows: int) -> Tensor:
+    assert targets.hidden is not None and targets.head is not None
+    return _log_probabilities(targets.hidden, targets.head, at, rows)
+
+
+def _kl(theirs: Tensor, mine: Tensor) -> Tensor:
+    """Log-probabilities (n,V) twice -> KL(theirs || mine) (n,)."""
+    return (theirs.exp() * (theirs - mine)).sum(-1)

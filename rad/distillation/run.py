@@ -14,7 +14,10 @@ from rad.data.corpus import Corpus
 from rad.distillation import loop
 from rad.distillation import state as states
 from rad.distillation.measure import HeldOut, Probe
-from rad.files import replacing, write_json, write_text
+from rad.distillation.speed import bfloat16_in_hardware
+from rad.distillation.targets import align_vocabulary, check_head, head_of
+from rad.distillation.teachers import StoredTeacher
+from rad.files import digest, replacing, write_json, write_text
 from rad.kernels.selftest import require
 from rad.models import sources
 from rad.models.convert import convert
@@ -48,14 +51,17 @@ def distil(
     output: Path,
     aligned: Path | None = None,
     probe: Callable[[Any], Probe] | None = None,
+    teacher_outputs: Path | None = None,
+    teacher_sha256: str | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write `model/`, `curve.jsonl`, `training.json` and `placement.json` under `output`.
 
-    `probe` builds a task probe from the tokenizer. Raises `ValueError` with one line on a placement
-    that misses the budget, `loop.Interrupted` after a signal.
+    `probe` builds a task probe from the tokenizer. `teacher_outputs` is a folder of stored outputs
+    of the teacher (whose weights have the digest `teacher_sha256`), which is then not loaded.
+    Raises `ValueError` with one line on a placement that misses the budget, a stage shorter than a
+    step, or a full disk; `loop.Interrupted` after a signal.
     """
-    import torch
-
     placement.check_budget(Budget.model_validate(spec["budget"]))
     base = _load(spec["base"])
     tokenizer = sources.load_tokenizer(spec["base"]["source"], revision=spec["base"]["revision"])
@@ -70,16 +76,39 @@ def distil(
     recipe = RecipeSettings.model_validate(
         {key: value for key, value in spec["recipe"].items() if key != "name"}
     )
-    self_taught = spec["teacher"]["name"] == "self" or not recipe.stages
-    teacher = base if self_taught else _load(spec["teacher"])
-    for model in (base, teacher):
-        model.requires_grad_(False)
+    data = Corpus(corpus)
+    taught = any(stage.loss == "kl" and stage.kl_weight for stage in recipe.stages)
+    self_taught = spec["teacher"]["name"] == "self" or not taught
+    for model in (base, student):
+        model.to(device)
+    base.requires_grad_(False)
+    check_head(base)
+    teacher: Any = base
+    vocabulary = None
+    if not self_taught and teacher_outputs is not None:
+        teacher = StoredTeacher(
+            teacher_outputs,
+            data,
+            vocab_size=head_of(student).vocabulary,
+            teacher_sha256=teacher_sha256,
+            device=device,
+        )
+        vocabulary = teacher.vocabulary
+    elif not self_taught:
+        teacher = _load(spec["teacher"]).to(device).requires_grad_(False)
+        check_head(teacher)
+        vocabulary = _vocabulary(student, teacher, tokenizer, spec)
     kernels = []
     if recipe.stages:
         kernels = kernel_records(student)
         require(kernels)  # a wrong gradient trains without complaint
-    data = Corpus(corpus)
-    held_out = HeldOut(data, base, teacher, probe=probe(tokenizer) if probe else None)
+    held_out = HeldOut(
+        data,
+        base,
+        teacher,
+        probe=probe(tokenizer) if probe else None,
+        vocabulary=vocabulary,
+    )
     job = loop.Job(
         student=student,
         base=base,
@@ -91,35 +120,87 @@ def distil(
         state=state,
         measure=held_out,
         log_points=recipe.log_points,
+        log_tokens=recipe.log_tokens,
         save_every_seconds=recipe.save_every_seconds,
         title=spec["run"],
+        keep_best=recipe.keep != "last",
+        autocast=recipe.autocast,
+        activation_checkpointing=recipe.activation_checkpointing,
+        compile=recipe.compile,
+        vocabulary=vocabulary,
     )
     if recipe.stages:
         records = loop.train(job)
     else:
         records = [{"step": 0, "tokens": 0, "stage": 0, "seconds": 0.0, **held_out(student)}]
-    last = records[-1]
-    placement.save(output / "placement.json")
-    write_text(output / "curve.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    write_json(
-        output / "training.json",
-        {
-            "schema": 1,
-            "run": spec["run"],
-            "tokens": last["tokens"],
-            "steps": last["step"],
-            "seconds": job.seconds,
-            "tokens_per_second": last["tokens"] / job.seconds if job.seconds else 0.0,
-            "peak_memory_mib": last.get("peak_memory_mib"),
-            "resumed": job.resumed,
-            "threads": torch.get_num_threads(),
-            "spec_sha256": training_digest(spec),
-            "kernels": kernels,
-            "versions": versions(),
-        },
-    )
-    save_model(student, tokenizer, output / "model")
+    with states.space(output, "the job goes on from its last good state"):
+        placement.save(output / "placement.json")
+        # sorted, as records that went through a state are: a resumed curve is the same file
+        lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
+        write_text(output / "curve.jsonl", "".join(lines))
+        write_json(output / "training.json", _training(spec, job, records, kernels))
+        _save_models(student, tokenizer, recipe, job, output)
     states.discard(state)
+
+
+def _vocabulary(student: Any, teacher: Any, tokenizer: Any, spec: Mapping[str, Any]) -> int | None:
+    """Rows of the heads that are compared; None: all, because both have the same."""
+    mine, theirs = (head_of(model).vocabulary for model in (student, teacher))
+    if mine == theirs:
+        return None
+    digests = [spec[who].get("tokenizer_sha256") for who in ("base", "teacher")]
+    if None in digests:
+        other = sources.load_tokenizer(
+            spec["teacher"]["source"], revision=spec["teacher"]["revision"]
+        )
+        digests = [digest(each.get_vocab()) for each in (tokenizer, other)]
+    return align_vocabulary(
+        mine, theirs, len(tokenizer), student_tokenizer=digests[0], teacher_tokenizer=digests[1]
+    )
+
+
+def _training(
+    spec: Mapping[str, Any],
+    job: loop.Job,
+    records: list[loop.Record],
+    kernels: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The content of `training.json`."""
+    import torch
+
+    last = records[-1]
+    return {
+        "schema": 1,
+        "run": spec["run"],
+        "tokens": last["tokens"],
+        "steps": sum(job.steps(stage) for stage in job.stages),
+        "seconds": job.seconds,
+        "tokens_per_second": last["tokens"] / job.seconds if job.seconds else 0.0,
+        "model_flops_per_second": last.get("model_flops_per_second"),
+        "peak_memory_mib": last.get("peak_memory_mib"),
+        "best": job.best or None,
+        "autocast": job.autocast and bfloat16_in_hardware(job.student.device),
+        "resumed": job.resumed,
+        "device": str(job.student.device),
+        "threads": torch.get_num_threads(),
+        "spec_sha256": training_digest(spec),
+        "kernels": kernels,
+        "versions": versions(),
+    }
+
+
+def _save_models(
+    student: Any, tokenizer: Any, recipe: RecipeSettings, job: loop.Job, output: Path
+) -> None:
+    """`model/` with the last or the best weights, and `best/` when both are wanted."""
+    best = None if job.state is None else job.state / loop.BEST
+    if recipe.keep == "both":
+        save_model(student, tokenizer, output / "model")
+    if recipe.keep != "last" and recipe.stages and best is not None:
+        states.load_weights(best, student)
+        save_model(student, tokenizer, output / ("best" if recipe.keep == "both" else "model"))
+    elif recipe.keep != "both":
+        save_model(student, tokenizer, output / "model")
 
 
 def _load(model: Mapping[str, Any]) -> Any:

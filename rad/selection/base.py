@@ -109,6 +109,8 @@ class SelectionContext:
     meter: CostMeter = field(default_factory=CostMeter)
     # bytes that one key/value head caches per token: 2 x head dim x bytes of the dtype
     kv_head_bytes: int | None = None
+    # what had the same score on both sides of the budget's cut, for the placement's provenance
+    ties: list[Any] = field(default_factory=list)
 
     @classmethod
     def for_model(
@@ -157,6 +159,8 @@ class SelectionContext:
             cost=self.meter.cost(),
             provenance={**self.provenance, **fields.pop("provenance", {})},
         )
+        if self.ties:
+            found.provenance.setdefault("ties_at_the_cut", self.ties)
         if self.kv_head_bytes is not None:
             cached = found.cached_kv_heads()
             found.footprint = Footprint(
@@ -185,7 +189,9 @@ class SelectionContext:
         Raises `SelectionError` when a score is no finite number.
         """
         order = ranked(scores, higher_is_kept, self._method())
-        return order[: self.layer_count()]
+        count = self.layer_count()
+        self.ties = _ties(order, list(scores), count)
+        return order[:count]
 
     def best_heads(
         self, scores: Sequence[Sequence[float]], higher_is_kept: bool = True
@@ -199,14 +205,18 @@ class SelectionContext:
         pairs = [
             divmod(index, self.heads) for index in ranked(flat, higher_is_kept, self._method())
         ]
+        values = {pair: scores[pair[0]][pair[1]] for pair in pairs}
         if self.budget.kv_bytes_per_token is None:
-            return pairs[: self.budget.head_count(self.layers, self.heads)]
+            count = self.budget.head_count(self.layers, self.heads)
+            self.ties = _ties(pairs, values, count)
+            return pairs[:count]
         if self.kv_head_bytes is None:
             raise SelectionError(f"selector {self._method()}: bytes per key/value head not known")
         limit = self.budget.kv_bytes_per_token // self.kv_head_bytes
         for count in range(len(pairs), 0, -1):
             kept = self._bare(pairs[:count])
             if kept.cached_kv_heads() <= limit:
+                self.ties = _ties(pairs, values, count)
                 return pairs[:count]
         return []
 
@@ -248,6 +258,13 @@ def ranked(scores: Sequence[float], higher_is_kept: bool, method: str) -> list[i
     return [
         int(index) for index in np.argsort(-values if higher_is_kept else values, kind="stable")
     ]
+
+
+def _ties(order: Sequence[Any], scores: Any, count: int) -> list[Any]:
+    """Members of `order` whose score the last kept and the first dropped one share."""
+    if not 0 < count < len(order) or scores[order[count - 1]] != scores[order[count]]:
+        return []
+    return [member for member in order if scores[member] == scores[order[count]]]
 
 
 def load_selector(method: str) -> Selector:

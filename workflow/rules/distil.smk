@@ -6,6 +6,7 @@ rule distil:
         tasks="<results>/tasks/manifest.json",
         models=HELPERS.run_models,
         aligned=HELPERS.run_alignment,
+        teacher=HELPERS.run_teacher,
     output:
         "<results>/runs/{run}/model/model.safetensors",
         "<results>/runs/{run}/model/config.json",
@@ -23,9 +24,10 @@ rule distil:
         corpus=subpath(input.corpus, parent=True),
         tasks=subpath(input.tasks, parent=True),
         aligned=HELPERS.aligned_option,
+        teacher=HELPERS.teacher_options,
         probe_samples=STUDY.evaluation.probe_samples,
         folder=subpath(input.spec, parent=True),
     shell:
         "rad --threads {threads} distil --spec {input.spec} --placement {input.placement} "
         "--corpus {params.corpus} --tasks {params.tasks} --probe-samples {params.probe_samples} "
-        "{params.aligned} --state {params.state}/{wildcards.run} --output {params.folder} >> {log} 2>&1"
+        "{params.aligned} {params.teacher} --state {params.state}/{wildcards.run} --output {params.folder} >> {log} 2>&1"

@@ -98,7 +98,7 @@ def test_a_placement_must_meet_the_budget_of_its_run() -> None:
         _placement([(0, 0), (0, 1)]).check_budget(Budget(layers=1))
 
 
-def test_ties_at_the_cut_go_to_the_earlier_one_and_are_recorded() -> None:
+def test_tied_at_the_cut_go_to_the_earlier_one_and_are_recorded() -> None:
     from rad.selection.base import SelectionContext
     from rad.settings import UniformSettings
 
@@ -107,10 +107,10 @@ def test_ties_at_the_cut_go_to_the_earlier_one_and_are_recorded() -> None:
     )
     kept = context.best_layers([0.5, 1.0, 0.5, 0.5])
     assert kept == [1, 0]
-    assert context.layer_placement(kept).provenance["ties_at_the_cut"] == [0, 2, 3]
+    assert context.layer_placement(kept).provenance["tied_at_the_cut"] == [0, 2, 3]
     clear = context.best_layers([3.0, 2.0, 1.0, 0.0])
-    assert "ties_at_the_cut" not in context.layer_placement(clear).provenance
+    assert "tied_at_the_cut" not in context.layer_placement(clear).provenance
     context.budget = Budget(heads=1)
     heads = context.best_heads([[0, 0], [1, 1], [0, 0], [0, 0]])
     assert heads == [(1, 0)]
-    assert context.placement(heads).provenance["ties_at_the_cut"] == [(1, 0), (1, 1)]
+    assert context.placement(heads).provenance["tied_at_the_cut"] == [(1, 0), (1, 1)]

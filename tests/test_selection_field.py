@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from rad.field_settings import FlashMorphSettings
 from rad.placement import Budget, Placement
 from rad.selection import SelectionContext, SelectionError, flash_morph, recall_probes, select
 from rad.selection.halo import halo_scores
 from rad.selection.layer_moves import NoAttention, Trunk, replaced, silenced, text_batches
 from rad.selection.recall_ablation import answer_score
 from rad.selection.smart import violation
-from rad.selector_settings import FlashMorphSettings
 from rad.settings import SELECTOR_SETTINGS, Mamba2Settings
 from tests.selection_models import random_llama, random_rows
 

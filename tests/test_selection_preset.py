@@ -11,12 +11,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rad.field_settings import PresetSettings
 from rad.placement import Budget, Placement
 from rad.selection import SelectionContext, SelectionError, select
 from rad.selection.published import Published, load, published, without_list
 from rad.selection.smart import violation
 from rad.selection.uniform import uniform_layers
-from rad.selector_settings import PresetSettings
 
 LISTS = {item.name: item for item in published()}
 KV_HEAD_BYTES = 2 * 64 * 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rad.field_settings import ActivationMseSettings
 from rad.placement import Placement, Scores
 from rad.selection.base import SelectionContext
 from rad.selection.layer_moves import (
@@ -21,7 +22,6 @@ from rad.selection.layer_moves import (
     sweep,
     text_batches,
 )
-from rad.selector_settings import ActivationMseSettings
 
 
 def select(context: SelectionContext) -> Placement:

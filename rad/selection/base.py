@@ -146,21 +146,15 @@ class SelectionContext:
 
         Raises `BudgetError` when it does not meet the budget.
         """
-        found = Placement(
-            schema=1,
-            base=self.base,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            softmax=softmax,
-            selector=self._method(),
+        found = self._bare(
+            softmax,
             parameters=self.settings.model_dump(mode="json", exclude={"method"}),
             scores=fields.pop("scores", None),
             cost=self.meter.cost(),
             provenance={**self.provenance, **fields.pop("provenance", {})},
         )
         if self.ties:
-            found.provenance.setdefault("ties_at_the_cut", self.ties)
+            found.provenance.setdefault("tied_at_the_cut", self.ties)
         if self.kv_head_bytes is not None:
             cached = found.cached_kv_heads()
             found.footprint = Footprint(
@@ -220,7 +214,7 @@ class SelectionContext:
                 return pairs[:count]
         return []
 
-    def _bare(self, softmax: list[tuple[int, int]]) -> Placement:
+    def _bare(self, softmax: list[tuple[int, int]], **fields: Any) -> Placement:
         return Placement(
             schema=1,
             base=self.base,
@@ -229,6 +223,7 @@ class SelectionContext:
             kv_heads=self.kv_heads,
             softmax=softmax,
             selector=self._method(),
+            **fields,
         )
 
     def _method(self) -> str:

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rad.field_settings import FlashMorphSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
 from rad.selection.base import SelectionContext, SelectionError, calibration_rows
 from rad.selection.layer_moves import all_linear, ranking_record, replaced
 from rad.selection.nouns import NOUNS
 from rad.selection.recall_probes import Answers, Question
-from rad.selector_settings import FlashMorphSettings
 
 
 class Gated(nn.Module):

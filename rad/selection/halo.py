@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rad.field_settings import HaloSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
 from rad.selection.base import SelectionContext, SelectionError
 from rad.selection.layer_moves import ranking_record, stand_ins, sweep, text_batches, text_loss
 from rad.selection.recall_ablation import answer_score, check_probe
-from rad.selector_settings import HaloSettings
 
 
 def halo_scores(

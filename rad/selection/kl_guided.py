@@ -63,18 +63,9 @@ def select(context: SelectionContext) -> Placement:
         scores=Scores(kind="layer", name=name, values=scores, higher_is_kept=higher),
         provenance={
             "ranking": ranked(scores, higher, "kl_guided"),
-            "tied_at_the_cut": _ties(scores, kept),
             "kl_guided": run.report,
         },
     )
-
-
-def _ties(scores: Sequence[float], kept: Sequence[int]) -> list[int]:
-    """The layers that share the score of the last one kept, if any of them is not kept."""
-    if not kept:
-        return []
-    tied = [layer for layer, value in enumerate(scores) if value == scores[kept[-1]]]
-    return tied if set(tied) - set(kept) else []
 
 
 class _Run:

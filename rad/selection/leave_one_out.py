@@ -22,6 +22,7 @@ from torch import Tensor
 from rad.data.corpus import Corpus
 from rad.distillation.batches import Batches
 from rad.distillation.losses import kl_loss
+from rad.field_settings import LeaveOneOutSettings
 from rad.placement import Placement, Scores
 from rad.selection.base import SelectionContext, SelectionError, ranked
 from rad.selection.layer_moves import (
@@ -32,7 +33,6 @@ from rad.selection.layer_moves import (
     text_batches,
     text_loss,
 )
-from rad.selector_settings import LeaveOneOutSettings
 
 CLIP = 1.0  # gradient norm
 

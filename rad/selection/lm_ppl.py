@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 
+from rad.field_settings import LmPplSettings
 from rad.placement import Placement, Scores
 from rad.selection.base import SelectionContext
 from rad.selection.layer_moves import ranking_record, stand_ins, sweep, text_batches, text_loss
-from rad.selector_settings import LmPplSettings
 
 
 def select(context: SelectionContext) -> Placement:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from rad.field_settings import PresetSettings
 from rad.placement import BudgetError, Placement, Scores
 from rad.selection.base import SelectionContext, SelectionError
 from rad.selection.published import Pair, Published, published, without_list
-from rad.selector_settings import PresetSettings
 
 KEYS = ("paper", "model", "selector", "probe_mixer")
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rad.field_settings import RecallAblationSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
 from rad.selection.agreement import spearman
 from rad.selection.base import SelectionContext, SelectionError
 from rad.selection.layer_moves import Trunk, ranking_record, silenced, stand_ins, sweep
 from rad.selection.recall_probes import Answers, Question
-from rad.selector_settings import RecallAblationSettings
 
 
 def select(context: SelectionContext) -> Placement:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from rad.distillation.losses import token_kl
+from rad.field_settings import SmartSettings
 from rad.placement import Placement, Scores
 from rad.selection.base import SelectionContext, SelectionError, ranked
 from rad.selection.layer_moves import (
@@ -29,7 +30,6 @@ from rad.selection.layer_moves import (
     sweep,
     text_batches,
 )
-from rad.selector_settings import SmartSettings
 
 
 def smart_layers(sensitivity: Sequence[float], kept: int) -> list[int]:

@@ -153,9 +153,10 @@ class KLGuidedSettings(Settings):
 
 class RetrievalAwareSettings(Settings):
     method: Literal["retrieval_aware"] = "retrieval_aware"
-    probe: Literal["nano", "dictionary", "copy", "repeat"] = Field(
-        "dictionary",
-        description="`dictionary`: the paper's key:value text; `nano`: the nano multi-key format; "
+    probe: Literal["auto", "nano", "dictionary", "copy", "repeat"] = Field(
+        "auto",
+        description="`auto`: `nano` for the nano tokenizer, else `dictionary`; "
+        "`dictionary`: the paper's key:value text; `nano`: the nano multi-key format; "
         "`copy`: repeated blocks of random tokens, for bases that never saw dictionaries; "
         "`repeat`: repeated pieces of the corpus, for bases that copy text only",
     )

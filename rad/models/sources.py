@@ -74,9 +74,7 @@ def describe(
             config = AutoConfig.from_pretrained(path, revision=settings["revision"]).to_dict()
             vocab = AutoTokenizer.from_pretrained(path, revision=settings["revision"]).get_vocab()
         except OSError as error:
-            raise ModelError(
-                f"model {source!r}: neither a local folder nor reachable on the hub"
-            ) from error
+            raise unreachable(source, settings["revision"]) from error
         vocabulary = digest(vocab)
         weights_digest = f"{path}@{settings['revision'] or 'main'}"
     family = config.get("model_type")
@@ -112,6 +110,15 @@ def describe(
     }
 
 
+def unreachable(source: str, revision: str | None) -> ModelError:
+    """What to say of a model that is neither in a folder nor to be had from the hub."""
+    at = f" at revision {revision}" if revision else ""
+    return ModelError(
+        f"model {source!r}: neither a local folder nor reachable on the hub{at}; download it "
+        "first, log in if it is gated, or name a folder"
+    )
+
+
 def load(source: str, *, revision: str | None = None, dtype: str = "float32") -> Any:
     """The model of a source, in evaluation mode.
 
@@ -124,13 +131,16 @@ def load(source: str, *, revision: str | None = None, dtype: str = "float32") ->
     path = resolve(source)
     if isinstance(path, Path):
         check_files(source, path)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        str(path),
-        revision=revision,
-        dtype=getattr(torch, dtype),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # refused below, with one line instead of a table
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path),
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with one line instead of a table
+        )
+    except OSError as error:
+        raise unreachable(source, revision) from error
     model, found = loaded
     for kind in ("missing", "unexpected", "mismatched"):
         names = sorted(
@@ -173,7 +183,10 @@ def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a source, padding on the left."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(resolve(source)), revision=revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(resolve(source)), revision=revision)
+    except OSError as error:
+        raise unreachable(source, revision) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

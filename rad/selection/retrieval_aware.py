@@ -33,6 +33,7 @@ from rad.selection.head_ablation import (
 )
 from rad.selection.probe_fit import check_ceiling, check_chance, tune_pairs
 from rad.selection.probes import Probe
+from rad.selection.recall_probes import is_nano
 from rad.settings import RetrievalAwareSettings
 
 TUNING_ROWS = 64  # probe prompts per number of pairs tried
@@ -94,6 +95,10 @@ class _Run:
         self.context, self.settings = context, settings
         self.model = context.need_model()
         self.tuning: dict[int, float] | None = None
+        if settings.probe == "auto":
+            known = context.tokenizer is not None and is_nano(context.tokenizer)
+            settings = settings.model_copy(update={"probe": "nano" if known else "dictionary"})
+            self.settings = settings
         if settings.probe == "dictionary" and settings.pairs == "auto":
             pairs, self.tuning = tune_pairs(self._tuning_accuracy)
             self.settings = settings = settings.model_copy(update={"pairs": pairs})

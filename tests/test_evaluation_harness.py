@@ -20,7 +20,7 @@ from rad.evaluation.bridge import HarnessModel, TruncationError, stop_ids
 from rad.evaluation.build import build_tasks
 from rad.evaluation.efficiency import cache_bytes, measure
 from rad.evaluation.harness import evaluate
-from rad.evaluation.probe import ProbeItem, build_probe, probe_accuracy, probe_of
+from rad.evaluation.probe import ProbeItem, build_probe, probe_accuracy, probe_of, shares
 from rad.settings import EvaluationSettings, Mamba2Settings, SlidingWindowSettings
 
 SHARED = Path(os.environ.get("RAD_SHARED", Path(__file__).parents[2] / "shared"))
@@ -393,7 +393,7 @@ def test_probe_of_built_tasks(model: Any, tokenizer: Any, tasks: Path) -> None:
     counts = {task: sum(item.task == task for item in items) for task in {i.task for i in items}}
     assert counts == {"gsm_nano": 4, "crux_nano": 4, "find": 4, "gsm8k": 4, "crux": 4, "books": 4}
     model.train()
-    found = probe_of(tasks, 4)(tokenizer)(model)
+    found = shares(probe_of(tasks, 4)(tokenizer)(model))
     assert model.training
     model.eval()
     assert found == probe_accuracy(model, tokenizer, items)

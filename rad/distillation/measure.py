@@ -18,7 +18,7 @@ from rad.distillation.chunked import chunk_tokens
 from rad.distillation.targets import LogitHead, Targets, head_of, rows_hidden
 
 MOST_TOKENS = 1024  # of a chunk: its logits stay in the cache of a CPU
-Probe = Callable[[Any], dict[str, float]]
+Probe = Callable[[Any], dict[str, list[bool]]]  # task -> whether each document is right
 
 
 class HeldOut:
@@ -65,7 +65,8 @@ class HeldOut:
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, Any]:
         """`held_out_kl`, `held_out_teacher_kl`, `held_out_ce` (nats per token),
-        `held_out_agreement` (share of tokens with the base's most likely one) and `probe`.
+        `held_out_agreement` (share of tokens with the base's most likely one), `probe` and
+        `probe_documents`.
         """
         head = head_of(student)
         sums = dict.fromkeys(("kl", "agreement", "teacher_kl", "ce"), 0.0)
@@ -75,7 +76,12 @@ class HeldOut:
                 sums[name] += value
         count = self.weight[:, 1:].double().sum().clamp_min(1e-8).item()
         record: dict[str, Any] = {f"held_out_{name}": total / count for name, total in sums.items()}
-        record["probe"] = self.probe(student) if self.probe else {}
+        answers = self.probe(student) if self.probe else {}
+        record["probe"] = {task: sum(marks) / len(marks) for task, marks in answers.items()}
+        # which documents, as digits: the report resamples them
+        record["probe_documents"] = {
+            task: "".join(str(int(mark)) for mark in marks) for task, marks in answers.items()
+        }
         return record
 
     def _figures(self, hidden: Tensor, head: LogitHead, index: int) -> dict[str, float]:

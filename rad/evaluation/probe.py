@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Probe = Callable[[Any], dict[str, float]]
+Answers = dict[str, list[bool]]
+Probe = Callable[[Any], Answers]
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,18 @@ def _correct(
     return correct
 
 
-def _shares(items: Sequence[ProbeItem], correct: dict[int, bool]) -> dict[str, float]:
-    groups: dict[str, list[bool]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault(item.task, []).append(correct[index])
-    return {task: sum(marks) / len(marks) for task, marks in groups.items()}
+def shares(answers: Answers) -> dict[str, float]:
+    """Task -> share of right answers."""
+    return {task: sum(marks) / len(marks) for task, marks in answers.items()}
 
 
-def _score(
+def _answers(
     model: PreTrainedModel,
     items: Sequence[ProbeItem],
     rows: Sequence[tuple[int, list[int], int]],
     batch_size: int,
-) -> dict[str, float]:
-    """Task -> share; the model's training mode is restored."""
+) -> Answers:
+    """Task -> whether each item is right, in order; the model's training mode is restored."""
     import torch
 
     was_training = model.training
@@ -125,9 +124,13 @@ def _score(
     try:
         # no_grad and not inference_mode: rotary tables cached here are used by training later
         with torch.no_grad():
-            return _shares(items, _correct(model, rows, batch_size))
+            correct = _correct(model, rows, batch_size)
     finally:
         model.train(was_training)
+    answers: Answers = {}
+    for index, item in enumerate(items):
+        answers.setdefault(item.task, []).append(correct[index])
+    return answers
 
 
 def probe_accuracy(
@@ -137,17 +140,17 @@ def probe_accuracy(
     batch_size: int = 64,
 ) -> dict[str, float]:
     """Task -> share of its items whose whole answer is the argmax."""
-    return _score(model, items, _rows(tokenizer, items), batch_size)
+    return shares(_answers(model, items, _rows(tokenizer, items), batch_size))
 
 
 def probe_of(
     tasks: Path, samples: int, batch_size: int = 64
 ) -> Callable[[PreTrainedTokenizerBase], Probe]:
-    """tokenizer -> (model -> task shares), with the documents read and tokenised once."""
+    """tokenizer -> (model -> answers per task), with the documents read and tokenised once."""
     items = build_probe(tasks, samples)
 
     def prepare(tokenizer: PreTrainedTokenizerBase) -> Probe:
         rows = _rows(tokenizer, items)
-        return lambda model: _score(model, items, rows, batch_size)
+        return lambda model: _answers(model, items, rows, batch_size)
 
     return prepare

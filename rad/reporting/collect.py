@@ -32,12 +32,17 @@ class Task:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One logged point of a distillation; KL in nats per token."""
+    """One logged point of a distillation; KL in nats per token.
+
+    What a curve of an older version does not have is None or empty.
+    """
 
     step: int
     tokens: int
     held_out_kl: float | None
     probe: Mapping[str, float]
+    agreement: float | None = None  # share of tokens with the base's most likely one
+    probe_documents: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,9 +176,22 @@ def read_curve(path: Path) -> tuple[CurvePoint, ...]:
                 tokens=int(_number(record, "tokens", where)),
                 held_out_kl=_optional(record, "held_out_kl", where),
                 probe={name: _number(probe, name, where) for name in probe},
+                agreement=_optional(record, "held_out_agreement", where),
+                probe_documents=_answers(record, where),
             )
         )
     return tuple(sorted(points, key=lambda point: point.tokens))
+
+
+def _answers(record: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """Task -> 1 or 0 per document of the probe, kept as a text of digits."""
+    kept = record.get("probe_documents") or {}
+    if not isinstance(kept, dict):
+        raise ValueError(f"{where}: probe_documents is not an object")
+    for name, text in kept.items():
+        if not isinstance(text, str) or not text or text.strip("01"):
+            raise ValueError(f"{where}: probe_documents of {name} is not a text of 0 and 1")
+    return {name: tuple(map(int, text)) for name, text in kept.items()}
 
 
 @dataclass(frozen=True)

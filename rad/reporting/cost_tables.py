@@ -9,7 +9,7 @@ import numpy as np
 from rad.reporting.collect import Results, RunResult
 from rad.reporting.describe import CELL_FIELDS, budget_text, cell_record
 from rad.reporting.plan import Cell, cells, row_titles, views
-from rad.reporting.scores import final_kl, members, training_number
+from rad.reporting.scores import final_kl, members, training_number, training_speed
 from rad.reporting.writers import (
     Column,
     Entry,
@@ -117,7 +117,8 @@ def heldout(results: Results) -> Table:
                 **cell_record(cell),
                 "held_out_kl": finals[cell],
                 "tokens": training_number(group, "tokens"),
-                "tokens_per_second": training_number(group, "tokens_per_second"),
+                # of whole runs: a curve's own are of the interval before each point
+                "tokens_per_second": training_speed(group),
                 "seconds": training_number(group, "seconds", "wall_seconds"),
                 "peak_memory_mib": training_number(group, "peak_memory_mib"),
             }

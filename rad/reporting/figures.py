@@ -1,4 +1,4 @@
-"""Figures of scores and of convergence. Each function returns a figure; nothing is saved here.
+"""Figures of scores, and what all figures share. Each returns a figure; nothing is saved here.
 
 Views are not mixed: controlled figures show controlled runs, with reference models as guides.
 """
@@ -6,27 +6,23 @@ Views are not mixed: controlled figures show controlled runs, with reference mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
-from rad.reporting.collect import CurvePoint, Results, RunResult
+from rad.reporting.collect import Results, RunResult
 from rad.reporting.describe import reference_rows
-from rad.reporting.plan import Block, Cell, blocks, cells, row_titles, trained
+from rad.reporting.plan import Block, Cell, blocks
 from rad.reporting.scores import Family, estimate, families, members
 from rad.reporting.statistics import Estimate
 from rad.reporting.style import MUTED, Mark, marks, new_figure, panel_title
-from rad.reporting.writers import count, size
+from rad.reporting.writers import size
 
-Value = Callable[[CurvePoint], float | None]
-
-tokens_axis = FuncFormatter(lambda value, _: count(value) if value else "0")
 bytes_axis = FuncFormatter(lambda value, _: size(value) if value else "0")
 
 
@@ -71,161 +67,12 @@ def panel_grid(
     return figure, [list(row) for row in axes]
 
 
-# --- convergence ----------------------------------------------------------------------------
-
-
-def _series(group: Sequence[RunResult], value: Value) -> tuple[list[int], list[list[float]]]:
-    """Tokens, and the values of all seeds that logged there."""
-    gathered: dict[int, list[float]] = {}
-    for result in group:
-        for point in result.curve:
-            number = value(point)
-            if number is not None:
-                gathered.setdefault(point.tokens, []).append(number)
-    order = sorted(gathered)
-    return order, [gathered[tokens] for tokens in order]
-
-
-def _draw_series(axes: Axes, group: Sequence[RunResult], value: Value, mark: Mark) -> None:
-    """Mean over seeds as a line; the range over seeds as a band when there are several.
-
-    Earlier lines are wider: selectors that chose the same placement have the same curve, and the
-    one underneath stays visible.
-    """
-    tokens, values = _series(group, value)
-    if not tokens:
-        return
-    excess = max(0.0, 2.7 - 0.9 * len(axes.lines))
-    means = [float(np.mean(seeds)) for seeds in values]
-    axes.plot(
-        tokens,
-        means,
-        marker=mark.marker,
-        markevery=max(1, len(tokens) // 6),
-        markersize=4.2 + excess,
-        linewidth=1.5 + excess,
-        **mark.line,
-    )
-    if len(group) > 1:
-        lows, highs = [min(seeds) for seeds in values], [max(seeds) for seeds in values]
-        axes.fill_between(tokens, lows, highs, color=mark.color, alpha=0.15, linewidth=0)
-
-
 def log_axis(axes: Axes) -> None:
     """Logarithmic y axis with plain numbers."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def note_if_empty(axes: Axes, text: str) -> None:
-    if not axes.lines:
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=MUTED)
-
-
-def convergence_kl(results: Results, block: Block) -> Figure:
-    """Held-out KL from the base against distillation tokens, one panel per teacher."""
-    chosen = marks(results.study)
-    width = 2.9 if len(block.teachers) > 1 else 5.0
-    figure, grid = panel_grid(1, len(block.teachers), width, 2.7, sharex=True, sharey=True)
-    for axes, teacher in zip(grid[0], block.teachers, strict=True):
-        panel_title(axes, f"teacher: {teacher}")
-        for cell in block.cells:
-            if cell.teacher == teacher:
-                group = members(results, cell)
-                _draw_series(axes, group, lambda point: point.held_out_kl, chosen[cell.selector])
-        log_axis(axes)
-        note_if_empty(axes, "no held-out KL was logged")
-        axes.xaxis.set_major_formatter(tokens_axis)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel("distillation tokens")
-    grid[0][0].set_ylabel("held-out KL from the base\n(nats / token)")
-    selector_legend(figure, block.selectors, chosen)
-    return figure
-
-
-def probes(results: Results, block: Block) -> list[str]:
-    """Probe tasks that any curve of the block has, in order of appearance."""
-    names: dict[str, None] = {}
-    for cell in block.cells:
-        for result in members(results, cell):
-            for point in result.curve:
-                names.update(dict.fromkeys(point.probe))
-    return list(names)
-
-
-def convergence_probe(results: Results, block: Block) -> Figure:
-    """Probe score against distillation tokens: a row per task and a column per teacher.
-
-    With a single teacher tasks stand side by side instead.
-    """
-    chosen, names = marks(results.study), probes(results, block) or [""]
-    wanted = [(name, teacher) for name in names for teacher in block.teachers]
-    alone = len(block.teachers) == 1
-    columns = min(3, len(names)) if alone else len(block.teachers)
-    rows = math.ceil(len(wanted) / columns)
-    figure, grid = panel_grid(rows, columns, 2.9, 2.0, sharex=True, sharey=True)
-    panels = [axes for axes_row in grid for axes in axes_row]
-    for axes in panels[len(wanted) :]:
-        axes.set_visible(False)
-    for index, (axes, (name, teacher)) in enumerate(zip(panels, wanted, strict=False)):
-        if alone:
-            panel_title(axes, name)
-        elif index < columns:
-            panel_title(axes, f"teacher: {teacher}")
-        for cell in block.cells:
-            if cell.teacher == teacher:
-                group = members(results, cell)
-                _draw_series(axes, group, _probe_value(name), chosen[cell.selector])
-        note_if_empty(axes, "no probe scores were logged")
-        axes.set_ylim(-4, 104)
-        axes.set_yticks([0, 25, 50, 75, 100])
-        axes.xaxis.set_major_formatter(tokens_axis)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        if index % columns == 0:
-            axes.set_ylabel("right answers (%)" if alone else f"{name}\nright answers (%)")
-        if index + columns >= len(wanted):
-            axes.set_xlabel("distillation tokens")
-            axes.tick_params(axis="x", labelbottom=True)
-    selector_legend(figure, block.selectors, chosen)
-    return figure
-
-
-def _probe_value(name: str) -> Value:
-    """Reads a probe score in percent off a point."""
-
-    def read(point: CurvePoint) -> float | None:
-        return 100 * point.probe[name] if name in point.probe else None
-
-    return read
-
-
-def convergence_faithful(results: Results) -> Figure:
-    """Held-out KL of the faithful runs; each line has its own label, recipes differ."""
-    chosen = marks(results.study)
-    everything = cells(results.study, "faithful")
-    titles = row_titles(everything)
-    figure, grid = panel_grid(1, 1, 6.2, 2.6)
-    axes = grid[0][0]
-    seen: dict[str, int] = {}
-    for cell in trained(results.study, everything):
-        # one selector may stand in several rows: same colour, other dashes
-        turn = seen[cell.selector] = seen.get(cell.selector, -1) + 1
-        base = chosen[cell.selector]
-        dashes = [base.dashes, (5.0, 1.5), (1.5, 1.5), (6.0, 1.5, 1.5, 1.5)][turn % 4]
-        mark = Mark(base.color, base.marker, dashes)
-        _draw_series(axes, members(results, cell), lambda point: point.held_out_kl, mark)
-        axes.plot([], [], marker=mark.marker, label=titles[cell], **mark.line)
-    log_axis(axes)
-    axes.xaxis.set_major_formatter(tokens_axis)
-    axes.set_xlabel("distillation tokens")
-    axes.set_ylabel("held-out KL from the base\n(nats / token)")
-    figure.legend(loc="outside right upper", handlelength=3.2)
-    return figure
-
-
-# --- scores ---------------------------------------------------------------------------------
 
 
 def _display(family: Family, value: Estimate) -> tuple[float, float, float]:

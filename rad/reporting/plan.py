@@ -135,6 +135,38 @@ def uniform_selectors(study: Study) -> list[str]:
     ]
 
 
+def baseline(study: Study, block: Block, teacher: str) -> Cell | None:
+    """The block's uniform cell with this teacher: what the others are compared to."""
+    for name in uniform_selectors(study):
+        cell = block.cell(name, teacher)
+        if cell is not None:
+            return cell
+    return None
+
+
+@dataclass(frozen=True)
+class Race:
+    """Trained cells of a block and a teacher, `baseline` among them: who gets there with less."""
+
+    block: Block
+    teacher: str
+    baseline: Cell
+    cells: tuple[Cell, ...]
+
+
+def races(study: Study) -> list[Race]:
+    """Blocks and teachers with a trained uniform baseline and another trained selector."""
+    found = []
+    for block in blocks(study):
+        for teacher in block.teachers:
+            first = baseline(study, block, teacher)
+            members = [cell for cell in trained(study, block.cells) if cell.teacher == teacher]
+            if first in members and len(members) > 1:
+                assert first is not None
+                found.append(Race(block, teacher, first, tuple(members)))
+    return found
+
+
 def model_based(study: Study) -> set[str]:
     """Selectors that run a model to choose; a method of the user's own counts as one."""
     return {
@@ -225,6 +257,8 @@ def table_names(study: Study) -> list[str]:
     names = []
     if "controlled" in present:
         names += ["controlled", "tasks", "teachers"]
+        if races(study):
+            names.append("convergence")
     if "faithful" in present:
         names.append("faithful")
     if "reference" in present or study.references:

@@ -17,18 +17,18 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rad.files import write_text
-from rad.reporting import figures, placement_map, selection_figures
+from rad.reporting import convergence_figures, figures, placement_map, selection_figures
 from rad.reporting.collect import Results, collect
 from rad.reporting.describe import block_title
 from rad.reporting.facts import facts
-from rad.reporting.plan import blocks, cost_groups, figure_names, views
+from rad.reporting.plan import Block, blocks, cost_groups, figure_names, views
 from rad.reporting.style import marks, save, styled
 from rad.reporting.tables import write_tables
 from rad.reporting.writers import Table, count, duration
 from rad.study import Study
 
 _ALT = {
-    "convergence_kl": "Held-out KL against distillation tokens, one panel per teacher",
+    "convergence_kl": "Held-out KL and agreement against distillation tokens, per teacher",
     "convergence_probe": "Probe score against distillation tokens, per task and teacher",
     "convergence_faithful": "Held-out KL of the faithful runs against distillation tokens",
     "scores": "Scores with 95 % intervals per family, teacher and selector",
@@ -39,6 +39,12 @@ _ALT = {
     "placements_faithful": "Which layers and heads the faithful runs kept",
 }
 
+BLOCK_FIGURES: dict[str, Callable[[Results, Block], Figure]] = {
+    "convergence_kl": convergence_figures.convergence_kl,
+    "convergence_probe": convergence_figures.convergence_probe,
+    "scores": figures.scores,
+}
+
 
 def figure_makers(results: Results) -> dict[str, Callable[[], Figure]]:
     """Figure name -> how to draw it, in the order of `figure_names`."""
@@ -47,11 +53,11 @@ def figure_makers(results: Results) -> dict[str, Callable[[], Figure]]:
         "placements_faithful": partial(placement_map.placement_map, results, "faithful"),
         "score_vs_kv": partial(figures.score_vs_kv, results),
         "agreement": partial(selection_figures.agreement, results),
-        "convergence_faithful": partial(figures.convergence_faithful, results),
+        "convergence_faithful": partial(convergence_figures.convergence_faithful, results),
     }
     for block in blocks(results.study):
-        for name in ("convergence_kl", "convergence_probe", "scores"):
-            makers[f"{name}{block.suffix}"] = partial(getattr(figures, name), results, block)
+        for name, maker in BLOCK_FIGURES.items():
+            makers[f"{name}{block.suffix}"] = partial(maker, results, block)
     for group in cost_groups(results.study):
         makers[f"selection_cost{group.suffix}"] = partial(
             selection_figures.selection_cost, results, group

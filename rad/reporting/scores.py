@@ -6,13 +6,13 @@ documents (what another test set of this size would change), not the spread betw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rad.reporting.collect import PERPLEXITY, Results, RunResult, Task
-from rad.reporting.plan import Block, Cell, cells, uniform_selectors
+from rad.reporting.plan import Block, Cell, baseline, cells, uniform_selectors
 from rad.reporting.statistics import (
     Array,
     Documents,
@@ -146,11 +146,7 @@ def difference(group: Sequence[RunResult], other: Sequence[RunResult], family: F
 
 def uniform_of(results: Results, block: Block, teacher: str) -> Cell | None:
     """The block's uniform cell with this teacher: what the others are compared to."""
-    for name in uniform_selectors(results.study):
-        cell = block.cell(name, teacher)
-        if cell is not None:
-            return cell
-    return None
+    return baseline(results.study, block, teacher)
 
 
 def uniform_run_of(results: Results, cell: Cell, index: int) -> RunResult | None:
@@ -173,6 +169,16 @@ def best_of(family: Family, values: Sequence[float]) -> float | None:
     return max(values) if family.higher_is_better else min(values)
 
 
+def probed_tasks(results: Results, chosen: Iterable[Cell]) -> list[str]:
+    """Probe tasks that a curve of the cells has, in order of appearance."""
+    names: dict[str, None] = {}
+    for cell in chosen:
+        for result in members(results, cell):
+            for point in result.curve:
+                names.update(dict.fromkeys(point.probe))
+    return list(names)
+
+
 def final_kl(group: Sequence[RunResult]) -> float | None:
     """Held-out KL from the base at the end of the curve, nats per token, mean over seeds."""
     last = [
@@ -192,3 +198,10 @@ def training_number(group: Sequence[RunResult], *keys: str) -> float | None:
                 values.append(float(result.training[key]))
                 break
     return float(np.mean(values)) if values else None
+
+
+def training_speed(group: Sequence[RunResult]) -> float | None:
+    """All tokens over all seconds of the seeds' `training.json`; None where nothing was trained."""
+    tokens = training_number(group, "tokens")
+    seconds = training_number(group, "seconds", "wall_seconds")
+    return tokens / seconds if tokens and seconds else None

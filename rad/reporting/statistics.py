@@ -69,6 +69,11 @@ def _resample_weights(n: int, resamples: int, seed: int, stratum: int) -> Array:
     return counts / n
 
 
+def resampled_counts(n: int, resamples: int = RESAMPLES, seed: int = SEED) -> Array:
+    """(resamples, n) how often each of `n` documents is drawn, as whole numbers."""
+    return np.rint(_resample_weights(n, resamples, seed, 0) * n)
+
+
 def _resampled_means(
     values: Array, weights: Array | None, stratum: int, resamples: int, seed: int
 ) -> Array:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rad.files import write_text
-from rad.reporting import cost_tables, score_tables, selection_tables
+from rad.reporting import convergence_table, cost_tables, score_tables, selection_tables
 from rad.reporting.collect import Results
 from rad.reporting.plan import table_names
 from rad.reporting.scores import families, single_tasks
@@ -16,6 +16,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "controlled": score_tables.controlled,
     "tasks": score_tables.tasks,
     "teachers": score_tables.teachers,
+    "convergence": convergence_table.convergence,
     "faithful": score_tables.faithful,
     "references": score_tables.references,
     "selection": selection_tables.selection,

@@ -85,7 +85,7 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
     [
         (
             "grid: [{view: controlled, selector: radd, budget: {layers: 2}, recipe: kl}]",
-            "unknown selector 'radd'; known: uniform, rad, kl_guided, kl_guided_gdn, retrieval_aware",
+            "unknown selector 'radd'; known: uniform, rad, kl_guided",
         ),
         ("evaluaton: {}", "evaluaton: unknown key; did you mean 'evaluation'"),
         ("models: {base: {source: ./missing}}", "models.base: model './missing': no such folder"),

@@ -267,7 +267,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "preset": (),
     "rad": ("model", "corpus"),
     "kl_guided": ("model", "corpus", "aligned"),
-    "retrieval_aware": ("model", "corpus"),
+    "retrieval_aware": ("model",),
     "smart": ("model", "corpus", "aligned"),
     "halo": ("model", "corpus", "aligned"),
     "ar": ("model",),
@@ -287,6 +287,8 @@ def needs_of(settings: Settings) -> tuple[str, ...]:
     A selector of the user's own is given the model.
     """
     needs = list(NEEDS.get(settings.method, ("model",)))  # type: ignore[attr-defined]
+    if getattr(settings, "probe", None) == "repeat":  # of retrieval_aware
+        needs.append("corpus")
     if getattr(settings, "move", None) == "linearise":
         needs += ["corpus", "aligned"]
     if getattr(settings, "sensitivity", None) == "zero":

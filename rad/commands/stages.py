@@ -95,9 +95,11 @@ def tasks(args: argparse.Namespace) -> None:
 
 def align(args: argparse.Namespace) -> None:
     """Stage-1 alignment of all layers' mixers."""
+    from rad.distillation import parallel
     from rad.distillation.align import align as run
     from rad.settings import AlignmentSettings
 
+    parallel.alone("align")
     run(
         read_json(args.model),
         args.mixer,
@@ -110,6 +112,7 @@ def align(args: argparse.Namespace) -> None:
 
 def distil(args: argparse.Namespace) -> None:
     """Convert the base under a placement and distil it."""
+    from rad.distillation import parallel
     from rad.distillation.run import distil as run
     from rad.placement import Placement
 
@@ -119,20 +122,21 @@ def distil(args: argparse.Namespace) -> None:
         from rad.evaluation.probe import probe_of
 
         probe = probe_of(args.tasks, args.probe_samples)
-    run(
-        read_json(args.spec),
-        placement,
-        corpus=args.corpus,
-        state=args.state,
-        output=args.output,
-        aligned=args.aligned,
-        probe=probe,
-        teacher_outputs=args.teacher_outputs,
-        teacher_sha256=read_json(args.teacher_model)["weights_sha256"]
-        if args.teacher_model
-        else None,
-        device=args.device,
-    )
+    with parallel.processes(args.device) as device:
+        run(
+            read_json(args.spec),
+            placement,
+            corpus=args.corpus,
+            state=args.state,
+            output=args.output,
+            aligned=args.aligned,
+            probe=probe,
+            teacher_outputs=args.teacher_outputs,
+            teacher_sha256=read_json(args.teacher_model)["weights_sha256"]
+            if args.teacher_model
+            else None,
+            device=device,
+        )
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -38,6 +38,14 @@ class Batch:
             boundaries = None if self.boundaries is None else self.boundaries[part]
             yield Batch(self.tokens[part], self.weight[part], self.rows[part], boundaries)
 
+    def dealt(self, number: int, count: int) -> Batch:
+        """The rows of process `number` of `count`: every count-th one."""
+        if count == 1:
+            return self
+        part = slice(number, None, count)
+        boundaries = None if self.boundaries is None else self.boundaries[part]
+        return Batch(self.tokens[part], self.weight[part], self.rows[part], boundaries)
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; the numbers of the rows stay."""
         boundaries = None if self.boundaries is None else self.boundaries.to(device)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rad.distillation import losses
+from rad.distillation import losses, parallel
 from rad.distillation.orientation import mixer_matrix, orientation_loss
 from rad.distillation.speed import precision
 from rad.models.hybrid import HybridAttention
@@ -64,7 +64,7 @@ def each_layer(base: Any, tokens: Tensor, visit: Callable[[LayerCall], None]) ->
             for module, hook in ((layer.self_attn, keep_attention(index)), (layer, leave(index))):
                 stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         with torch.no_grad():
-            base.base_model(input_ids=tokens, use_cache=False)
+            parallel.inside(base, lambda: base.base_model(input_ids=tokens, use_cache=False))
 
 
 def layer_calls(base: Any, tokens: Tensor) -> list[LayerCall]:
@@ -95,7 +95,7 @@ def align_layer(call: LayerCall, student: Any, weight: Tensor, stage: StageSetti
         output = layer(call.layer_input, **call.layer_settings)
         output = output[0] if isinstance(output, tuple) else output
         return losses.alignment_loss(call.layer_output, output, weight, stage.distance)
-    output, _ = layer.self_attn(**call.settings)
+    output, _ = parallel.inside(layer, lambda: layer.self_attn(**call.settings))
     return losses.alignment_loss(call.attention, output, weight, stage.distance)
 
 
@@ -104,9 +104,11 @@ def orientation_layer(
 ) -> Tensor:
     """Orientation loss of one layer: of the mixer's heads against the base's attention weights."""
     del weight, stage
-    mixer = student.base_model.layers[call.layer].self_attn.mixer
+    layer = student.base_model.layers[call.layer]
+    mixer = layer.self_attn.mixer
     assert call.weights is not None
-    mine = mixer_matrix(mixer, call.settings["hidden_states"])  # (B,M,T,T)
+    entered = call.settings["hidden_states"]
+    mine = parallel.inside(layer, lambda: mixer_matrix(mixer, entered))  # (B,M,T,T)
     return orientation_loss(call.weights[:, mixer.owned], mine)
 
 
@@ -166,4 +168,5 @@ def layerwise_backward(
         precision(tokens.device, autocast),
     ):
         each_layer(base, tokens, learn)
+    parallel.release(base)
     return found

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rad.data.corpus import Corpus
 from rad.distillation import optimiser as optimisers
-from rad.distillation import speed
+from rad.distillation import parallel, speed
 from rad.distillation import state as states
 from rad.distillation.batches import Batch, Batches, effective_context
 from rad.distillation.layerwise import attention_pairs
@@ -100,7 +100,8 @@ def train(job: Job) -> list[Record]:
     """
     total = sum(job.steps(stage) for stage in job.stages)
     _check_range(job)
-    saved = states.latest(job.state, job.digest) if job.state else None
+    state = job.state
+    saved = parallel.from_first(lambda: states.latest(state, job.digest)) if state else None
     first_stage, first_step = 0, 0
     if saved:
         first_stage, first_step = saved["stage"], saved["step"]
@@ -108,7 +109,12 @@ def train(job: Job) -> list[Record]:
         job.resumed = saved["resumed"] + 1
     done = sum(job.steps(stage) for stage in job.stages[:first_stage]) + first_step
     changed = _ever_trained(job)
-    with Progress(job.title, total, done) as progress, _signals() as asked, _recomputing(job):
+    with (
+        parallel.progress(job.title, total, done) as progress,
+        _signals() as asked,
+        parallel.sharded(job),
+        _recomputing(job),
+    ):
         for index in range(first_stage, len(job.stages)):
             resume = saved if saved and index == first_stage else None
             _StageLoop(job, index, changed, progress, asked).run(resume)
@@ -173,17 +179,18 @@ class _StageLoop:
         self.optimiser, self.names = optimisers.build(student, settings)
         start = 0
         if saved:
-            states.restore(saved["path"], student, self.optimiser, self.names)
+            states.restore(Path(saved["path"]), student, self.optimiser, self.names)
             start, self.count = saved["step"], saved["count"]
             self.sums = StepLosses(**saved["sums"])
-        if job.share:
+        share = job.share and not parallel.active()  # pieces are kept, not shared
+        if share:
             share_frozen(student, job.base)
         self.stage = Stage(
             settings,
             student,
             job.base,
             job.teacher,
-            share=job.share,
+            share=share,
             autocast=job.autocast,
             vocabulary=job.vocabulary,
         )
@@ -213,12 +220,14 @@ class _StageLoop:
                 self._record(step + 1, self.sums.divided(self.count))
                 self.sums, self.count = StepLosses(), 0
                 clock = time.perf_counter()  # measuring is not training time
-            if self.asked["stop"]:
+            due = clock - last_save > job.save_every_seconds
+            stop, due = parallel.any_of(self.asked["stop"], self.asked["save"] or due)
+            if stop:
                 self._save(step + 1)
                 raise Interrupted(
                     f"{job.title}: stopped at step {step + 1} of {self.steps}; state saved"
                 )
-            if self.asked["save"] or clock - last_save > job.save_every_seconds:
+            if due:
                 self._save(step + 1)
                 self.asked["save"] = False
                 last_save = clock = time.perf_counter()
@@ -229,7 +238,7 @@ class _StageLoop:
         found = self.stage.backward(batch)
         # without a limit the norm is still computed: it tells a gradient that is no number
         limit = math.inf if self.settings.clip is None else self.settings.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = parallel.clip(self.parameters, limit)
         if not torch.isfinite(norm) or not math.isfinite(found.total):
             self._broken(step, batch, found.total)
         self.optimiser.step()
@@ -244,7 +253,9 @@ class _StageLoop:
                 "weight": batch.weight,
                 "rows": batch.rows,
             }
-            where = f"; the batch is in {states.save_batch(self.job.state, tensors)}"
+            folder = self.job.state
+            kept = parallel.from_first(lambda: states.save_batch(folder, tensors))
+            where = f"; the batch is in {kept}"
         raise FloatingPointError(
             f"{self.job.title}: loss or gradient is not finite at step {step + 1} of stage "
             f"{self.settings.title} (loss {loss}); lower the learning rate{where}"
@@ -292,7 +303,7 @@ class _StageLoop:
         }
         if job.measure is not None:
             job.student.eval()
-            record |= job.measure(job.student)
+            record |= parallel.measured(job.student, job.measure)
             job.student.train()
             self._keep_best(record)
         job.records.append(record)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rad.data.corpus import Corpus
-from rad.distillation import loop
+from rad.distillation import loop, parallel
 from rad.distillation import state as states
 from rad.distillation.measure import HeldOut, Probe
 from rad.distillation.speed import bfloat16_in_hardware
@@ -133,6 +133,9 @@ def distil(
         records = loop.train(job)
     else:
         records = [{"step": 0, "tokens": 0, "stage": 0, "seconds": 0.0, **held_out(student)}]
+    if not parallel.first():
+        return  # the first process has the whole student
+    student = job.student
     with states.space(output, "the job goes on from its last good state"):
         placement.save(output / "placement.json")
         # sorted, as records that went through a state are: a resumed curve is the same file

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rad.data.isolation import fold, unfold
-from rad.distillation import losses, speed
+from rad.distillation import losses, parallel, speed
 from rad.distillation.batches import Batch
 from rad.distillation.layerwise import layerwise_backward
 from rad.distillation.shared_prefix import layer_input, shared_layers, starting_at
@@ -47,6 +47,13 @@ class StepLosses:
         mean = StepLosses()
         mean.add(self, 1 / max(1, count))
         return mean
+
+    def summed(self) -> StepLosses:
+        """The sum over all processes; they have the same parts and layers."""
+        values = parallel.summed([self.total, *self.parts.values(), *self.layers.values()])
+        parts = dict(zip(self.parts, values[1:], strict=False))
+        layers = dict(zip(self.layers, values[1 + len(parts) :], strict=True))
+        return StepLosses(values[0], parts, layers)
 
 
 class Stage:
@@ -90,12 +97,14 @@ class Stage:
     def backward(self, batch: Batch) -> StepLosses:
         """Accumulate the gradient of the batch's loss: the weighted mean over all its tokens."""
         found = StepLosses()
-        parts = list(batch.split(self.settings.accumulate))
+        mine, processes = parallel.rank(), parallel.count()
+        parts = [part.dealt(mine, processes) for part in batch.split(self.settings.accumulate)]
         masses = [self._mass(part) for part in parts]
+        (mass_of_all,) = parallel.summed([sum(masses)])
         for part, mass in zip(parts, masses, strict=True):
-            share = mass / max(sum(masses), 1e-8)
+            share = mass / max(mass_of_all, 1e-8)
             found.add(self._backward(part.to(self.device), share), share)
-        return found
+        return found.summed() if processes > 1 else found
 
     def _mass(self, batch: Batch) -> float:
         """What a micro-batch counts: the sum of the weights that its loss is a mean over."""
@@ -109,8 +118,9 @@ class Stage:
         if self.settings.loss in LAYERWISE:
             return self._layerwise(batch, scale)
         with speed.precision(self.device, self.autocast):
-            total, parts = self._token_losses(batch)
+            total, parts = parallel.inside(self.student, lambda: self._token_losses(batch))
         (scale * total).backward()
+        parallel.release(self.teacher)
         return StepLosses(total.item(), {name: value.item() for name, value in parts.items()})
 
     # --- logits ---------------------------------------------------------------------------
@@ -158,9 +168,13 @@ class Stage:
         if batch.boundaries is None:
             return run(batch.tokens)
         parts = unfold(batch.tokens, batch.boundaries)
+        # the layers are whole in all processes at once: those with fewer parts run one again
+        spare = parallel.most(len(parts)) - len(parts)
         outputs = [run(part.tokens) for part in parts]
         shape = batch.tokens.shape
         mine, theirs = (fold([output[i] for output in outputs], parts, *shape) for i in (0, 1))
+        for _ in range(spare):
+            mine = mine + 0 * run(parts[0].tokens)[0].sum()
         return mine, theirs
 
     def _student_alone(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +187,7 @@ class Stage:
             return self._student_alone(tokens)
         if not self.shared:
             with torch.no_grad():
-                theirs = final_hidden(self.teacher, tokens)
+                theirs = parallel.inside(self.teacher, lambda: final_hidden(self.teacher, tokens))
             return final_hidden(self.student, tokens), theirs
         with torch.no_grad(), layer_input(self.base, self.shared) as entered:
             theirs = final_hidden(self.base, tokens)
@@ -191,6 +205,9 @@ class Stage:
             ]
         found = StepLosses()
         counts = [float((weight > 0).sum()) for _, weight in parts]
+        # the layers are whole in all processes at once: those with fewer parts run one again
+        spare = parallel.most(len(parts)) - len(parts)
+        parts, counts = parts + [parts[0]] * spare, counts + [0.0] * spare
         for (tokens, weight), count in zip(parts, counts, strict=True):
             share = count / max(sum(counts), 1.0)
             layers = layerwise_backward(

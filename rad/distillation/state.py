@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rad.distillation import parallel
 from rad.files import digest as digest_of
 from rad.files import file_digest, read_json, replacing, write_json
 
@@ -74,8 +75,13 @@ def save(
             for moment, value in optimiser.state[parameter].items():
                 tensors[f"optimiser.{name}.{moment}"] = torch.as_tensor(value)
     tensors["rng"] = torch.get_rng_state()
-    with space(folder, "the job goes on from its last good state"):
-        return _write(folder, tensors, meta)
+    tensors = parallel.gathered(tensors)
+
+    def write() -> Path:
+        with space(folder, "the job goes on from its last good state"):
+            return _write(folder, tensors, meta)
+
+    return Path(parallel.from_first(write))
 
 
 def _write(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
@@ -158,15 +164,21 @@ def restore(
 
 def _place(moment: str, value: Tensor, parameter: Tensor) -> Tensor:
     # the fused optimiser keeps its step count beside the parameter
-    return value.to(parameter.device)
+    return value.to(parameter.device) if moment == "step" else parallel.placed(value, parameter)
 
 
 def save_weights(path: Path, student: nn.Module, only: Collection[str]) -> None:
     """Write the named parameters to one file, atomically."""
-    tensors = {name: value.contiguous() for name, value in _parameters(student, only).items()}
-    with space(path.parent, "the job goes on from its last good state"), replacing(path) as file:
-        save_file(tensors, str(file))
-        _flush(file)
+    gathered = parallel.gathered(_parameters(student, only))
+    tensors = {name: value.contiguous() for name, value in gathered.items()}
+
+    def write() -> None:
+        then = "the job goes on from its last good state"
+        with space(path.parent, then), replacing(path) as file:
+            save_file(tensors, str(file))
+            _flush(file)
+
+    parallel.from_first(write)
 
 
 def load_weights(path: Path, student: nn.Module) -> None:
@@ -211,7 +223,7 @@ def _load(student: nn.Module, tensors: dict[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             kind, _, name = key.partition(".")
             if kind == "model":
-                parameters[name].copy_(tensor)
+                parameters[name].copy_(parallel.placed(tensor, parameters[name]))
 
 
 def _named(

@@ -21,7 +21,7 @@ class TextSettings(Settings):
 
 
 class SmartSettings(TextSettings):
-    """Zebra-Llama's layer choice, as the KL-guided sheet (section 3) describes it."""
+    """Zebra-Llama's layer choice, as the KL-guided paper compares itself with it."""
 
     method: Literal["smart"] = "smart"
     sensitivity: Literal["restore", "linearise", "zero"] = Field(
@@ -63,7 +63,7 @@ class HaloSettings(TextSettings):
 
 
 class RecallAblationSettings(Settings):
-    """The layer ablations that the KL-guided paper compares itself with (its sheet, section 3)."""
+    """The layer ablations that the KL-guided paper compares itself with."""
 
     method: Literal["ar", "ar_mh", "vt", "cwe"]
     style: Literal["auto", "nano", "text"] = Field(
@@ -97,7 +97,7 @@ class RecallAblationSettings(Settings):
 
 
 class LmPplSettings(TextSettings):
-    """LM-PPL of the KL-guided paper: its script is not public, the rule is its sheet's default."""
+    """LM-PPL of the KL-guided paper: its script is not public, the rule is our default."""
 
     method: Literal["lm_ppl"] = "lm_ppl"
     move: Literal["zero", "linearise"] = Field(
@@ -109,7 +109,7 @@ class LmPplSettings(TextSettings):
 
 
 class ActivationMseSettings(TextSettings):
-    """Act-MSE of the KL-guided paper: its script is not public, the rule is its sheet's default."""
+    """Act-MSE of the KL-guided paper: its script is not public, the rule is our default."""
 
     method: Literal["activation_mse"] = "activation_mse"
     move: Literal["zero", "linearise"] = Field(

@@ -124,7 +124,7 @@ def test_a_layers_mixer_does_not_depend_on_the_other_layers() -> None:
 
 
 def test_zero_start_reaches_the_gate_and_dead_starts_are_avoided() -> None:
-    """With all of in_proj zero, only the gate's rows get a gradient (RAD sheet, section 4.1)."""
+    """With all of in_proj zero, only the gate's rows get a gradient (RAD, section 3.2)."""
     base = base_model()
     hybrid = convert(base, placement("none"), MIXERS["mamba2"], "zero")
     hybrid(tokens()).logits.square().sum().backward()

@@ -121,7 +121,7 @@ def test_heads_cut_from_a_full_mixer_compute_the_same(name: str, owned: list[int
     _close(part(u)[0], full(u)[0][:, :, owned])
 
 
-# variant -> parts of the input projection that get a gradient at the first step (RAD sheet, 4.1)
+# variant -> parts of the input projection that get a gradient at the first step (RAD, section 3.2)
 REACHED: dict[str, dict[str, set[str]]] = {
     "mamba2": {"zero": {"z"}, "gate_zero": {"z"}, "value_zero": {"x"}},
     "discrete_mamba2": {"zero": {"x"}, "gate_zero": {"z"}, "value_zero": {"x"}},

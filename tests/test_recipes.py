@@ -47,7 +47,7 @@ def test_shipped_recipes_are_complete_and_stay_what_they_are() -> None:
 
 def test_the_published_numbers_of_kl_guided_give_the_published_steps() -> None:
     align, logits = RecipeSettings(use="kl_guided").stages
-    assert (align.steps(512), logits.steps(4096)) == (2034, 4577)  # its sheet, section 5
+    assert (align.steps(512), logits.steps(4096)) == (2034, 4577)  # as its configurations give them
 
 
 def test_a_study_starts_from_a_shipped_recipe_and_changes_it() -> None:

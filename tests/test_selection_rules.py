@@ -105,7 +105,7 @@ def test_uniform_heads_fit_a_budget_in_bytes(
 
 
 def _brute_force(scores: list[float], kept: int) -> float:
-    """The largest sum over all sets that SMART's sheet allows, by trying every set."""
+    """The largest sum over all sets that SMART's constraints allow, by trying every set."""
     layers, window = len(scores), len(scores) // kept
     first = scores.index(max(scores[:window]))
     last = layers - window + scores[layers - window :].index(max(scores[layers - window :]))

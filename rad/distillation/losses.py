@@ -276,7 +276,7 @@ def alignment_loss(
     """Weighted mean over tokens of a distance: target, output (B,T,E), weight (B,T) -> scalar.
 
     `root_width`: ||target - output||_2 / sqrt(E), not squared: stage 1 as run by the code of
-    KL-guided selection (its sheet, section 2.1); times sqrt(E) it is what the code of
+    KL-guided selection (stage 1 of its text); times sqrt(E) it is what the code of
     retrieval-aware distillation runs (section 5.1). `squared`: ||target - output||_2^2, as both
     papers print it; over E it is the mean squared error. `relative`: `squared` over the target's
     own ||target||_2^2, the same for layers of any output scale.

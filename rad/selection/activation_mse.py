@@ -1,6 +1,6 @@
 """Activation MSE: keep the layers whose absence moves the base's last hidden state furthest.
 
-The authors' script is not public; the rule is the default of the KL-guided sheet (section 3): the
+The authors' script is not public; the rule is our default for the KL-guided paper's name: the
 attention output of one layer is zero, and layers rank by the squared distance between the final
 hidden states, before the last norm, with and without it.
 

@@ -1,8 +1,8 @@
 """When the K best candidates have stopped changing, more training does not change the placement.
 
-KL-guided selection names a rolling Jaccard index and a "(K-1)-layer backbone" without numbers; this
-is the rule of its fact sheet (section 2.4): stop when the top K of two successive checks differ by
-at most one layer, three times in a row, with 15 % of the budget spent.
+KL-guided selection names a rolling Jaccard index and a "(K-1)-layer backbone" without numbers; the
+numbers here are our defaults: stop when the top K of two successive checks differ by at most one
+layer, three times in a row, with 15 % of the budget spent.
 """
 
 from __future__ import annotations

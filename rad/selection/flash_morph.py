@@ -3,8 +3,8 @@
 Every layer runs its attention and its aligned linear branch side by side, both frozen; its output
 is alpha x attention + (1 - alpha) x linear, alpha starting at 1. Only the gates learn, to keep the
 hidden states that predict the answers of retrieval prompts while the sum of the gates shrinks; the
-layers with the largest gates stay (KL-guided sheet, section 13). Known at second hand; our defaults
-where the sheet is silent: Adam, cosine decay, hidden states after the last norm, no clamping.
+layers with the largest gates stay (arXiv 2606.30562). Known at second hand; our defaults
+where the description is silent: Adam, cosine decay, hidden states after the last norm, no clamping.
 
 Legend: B batch, T time, E hidden size, L layers.
 """

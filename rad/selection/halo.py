@@ -2,7 +2,7 @@
 
 After stage-1 alignment each layer i of the base alone becomes linear. With R(i) and C(i) the
 accuracy on recall and on common-sense tasks that remains, s(i) = (max R - R(i)) / (max C - C(i) +
-epsilon); the layers with the largest s stay (KL-guided sheet, section 13). Small bases can do none
+epsilon); the layers with the largest s stay (HALO, arXiv 2601.22156). Small bases can do none
 of the paper's tasks: here R is the mean accuracy on recall prompts and C the next-token accuracy
 on the corpus (default). A layer that costs next to nothing on either side has a ratio of two small
 numbers, so one prompt more or less can decide; ask for many samples.

@@ -5,7 +5,7 @@ The paper measures MMLU; small bases cannot do it, so it is next-token accuracy 
 (default). Progressive: that ranking decides the first conversions only, since it misses how layers
 interact; from then on every remaining layer is tried as a mixer in the current hybrid, trained for
 some steps, and the layers with the lowest distillation loss are converted, round after round, each
-hybrid distilled from the last (KL-guided sheet, section 13).
+hybrid distilled from the last (Apriel-H1, arXiv 2511.02651).
 
 Legend: B batch, T time, L layers.
 """

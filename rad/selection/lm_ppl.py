@@ -1,6 +1,6 @@
 """LM-PPL: keep the layers without whose attention the base predicts text worst.
 
-The authors' script is not public; the rule is the default of the KL-guided sheet (section 3): the
+The authors' script is not public; the rule is our default for the KL-guided paper's name: the
 attention output of one layer is zero and layers rank by the rise of perplexity. The score is the
 rise of cross entropy, which ranks alike and does not overflow.
 """

@@ -1,8 +1,8 @@
 """Whether the intact base fits a probe: not at chance, not at its ceiling, and with how many pairs.
 
 At chance a head has nothing to lose; at the ceiling an accuracy hides what a head contributes. The
-sheet of retrieval-aware distillation (section 2.2) therefore tunes the number of pairs until the
-intact base is right in 60-95 % of the prompts.
+selector therefore tunes the number of pairs until the intact base is right in 60-95 % of the
+prompts.
 """
 
 from __future__ import annotations

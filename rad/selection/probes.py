@@ -1,9 +1,8 @@
 """Retrieval probes: contexts whose answer has to be looked up, with the answers that are wrong.
 
-`dictionary` is the text of the retrieval-aware paper (sheet, section 2.1; its word package is
-replaced by our own list), `nano` the multi-key task of the nano family, `copy` repeated blocks of
-random tokens and `repeat` of the corpus' text. Rows are padded on the right, so a causal model
-needs no mask.
+`dictionary` is the text of the retrieval-aware paper (its word package is replaced by our own
+list), `nano` the multi-key task of the nano family, `copy` repeated blocks of random tokens and
+`repeat` of the corpus' text. Rows are padded on the right, so a causal model needs no mask.
 
 Legend: N rows, T time, M answers, A answer tokens, R rivals.
 """

@@ -1,6 +1,6 @@
 """AR, AR-MH, VT and CWE: keep the layers whose silence costs a recall task most.
 
-The layer ablations that KL-guided selection compares itself with (its sheet, section 3): the
+The layer ablations that KL-guided selection compares itself with: the
 attention of one layer of the base adds nothing (or its aligned mixer takes over), the base answers
 prompts, and a layer is worth what its absence costs. Prompts are our own wording of the tasks; the
 published scoring looks for the answer in generated text, ours asks by default that every token of

@@ -1,6 +1,6 @@
 """Prompts for the recall ablations: associative recall, with hops, tracing, common words.
 
-The tasks are those of the KL-guided paper's layer ablations (its sheet, section 3), in two
+The tasks are those of the KL-guided paper's layer ablations, in two
 wordings, both our own: `text` for bases that read English, `nano` in the formats of `ruler_nano`.
 Answers are unique strings; the wording says in which order several words are named.
 

@@ -3,8 +3,8 @@
 A layer's sensitivity is how much KL to the base an all-linear student loses when the layer's
 attention is put back, without training. With w = L // K, the first kept layer is the most sensitive
 of the first w, the last of the last w; the gaps between kept layers differ by one at most; of all
-such sets the one with the largest summed sensitivity stays (KL-guided sheet, sections 3 and 13).
-The sheet's authors' code is not public; every published list meets these constraints.
+such sets the one with the largest summed sensitivity stays (Zebra-Llama).
+Its authors' code is not public; every published list meets these constraints.
 
 Legend: L layers, K kept, B batch, T time.
 """

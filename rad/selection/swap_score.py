@@ -1,7 +1,7 @@
 """Layer scores without training: the error of stage 1, and one layer swapped in a forward pass.
 
 `residuals` is the loss of stage 1, layer by layer. Stage 1 is teacher-forced, so a layer's loss
-does not depend on the others and one table gives GA-S1 and GR-S1 (KL-guided selection; its sheet,
+does not depend on the others and one table gives GA-S1 and GR-S1 (KL-guided selection,
 section 2.2). `SwapScore` is GA-S2 or GR-S2 at zero training tokens: swap one layer, measure the KL
 to the base. Legend: R rows, T context, E hidden size, L layers.
 """

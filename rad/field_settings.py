@@ -96,28 +96,27 @@ class RecallAblationSettings(Settings):
     seed: int = Field(0, description="which prompts")
 
 
-class LmPplSettings(TextSettings):
+class LayerMoveSettings(TextSettings):
+    """Keys of the selectors that take one layer out and measure on text."""
+
+    move: Literal["zero", "linearise"] = Field(
+        "zero", description="`zero`: the layer's attention adds nothing; `linearise`: aligned mixer"
+    )
+    mixer: str | None = Field(
+        None, description="with move linearise: mixer of the converted layers (a key of `mixers`)"
+    )
+
+
+class LmPplSettings(LayerMoveSettings):
     """LM-PPL of the KL-guided paper: its script is not public, the rule is our default."""
 
     method: Literal["lm_ppl"] = "lm_ppl"
-    move: Literal["zero", "linearise"] = Field(
-        "zero", description="`zero`: the layer's attention adds nothing; `linearise`: aligned mixer"
-    )
-    mixer: str | None = Field(
-        None, description="with move linearise: mixer of the converted layers (a key of `mixers`)"
-    )
 
 
-class ActivationMseSettings(TextSettings):
+class ActivationMseSettings(LayerMoveSettings):
     """Act-MSE of the KL-guided paper: its script is not public, the rule is our default."""
 
     method: Literal["activation_mse"] = "activation_mse"
-    move: Literal["zero", "linearise"] = Field(
-        "zero", description="`zero`: the layer's attention adds nothing; `linearise`: aligned mixer"
-    )
-    mixer: str | None = Field(
-        None, description="with move linearise: mixer of the converted layers (a key of `mixers`)"
-    )
 
 
 class LeaveOneOutSettings(TextSettings):

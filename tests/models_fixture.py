@@ -29,7 +29,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     name: kind(**_CHANGES.get(name, {"chunk": 8})).model_dump()
     for name, kind in MIXER_SETTINGS.items()
 }
-_SHAPE = {
+SHAPE = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -52,7 +52,7 @@ def base_model(family: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A small random base; weights are large enough that attention matters."""
     config_class, model_class, extra = _FAMILIES[family]
     torch.manual_seed(seed)
-    model = model_class(config_class(**{**_SHAPE, **extra, **changes}))
+    model = model_class(config_class(**{**SHAPE, **extra, **changes}))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

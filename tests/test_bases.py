@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models_fixture import HEADS, KV_HEADS, LAYERS, MIXERS, base_model, placement, tokens
+from models_fixture import HEADS, LAYERS, MIXERS, SHAPE, base_model, placement, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import rad  # noqa: F401  (registers the hybrids)
@@ -17,18 +17,6 @@ from rad.placement import Placement
 
 SHARED = Path(os.environ.get("RAD_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models/stories260K-hf"
-SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 # family -> what makes it special
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "attention_bias": True},
@@ -64,7 +52,7 @@ WINDOW = {"type": "sliding_window", "window": 64, "sinks": 0}  # as long as any 
 def small(family: str, **changes: Any) -> Any:
     """A tiny random model of any family of transformers, weights large enough to matter."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **changes})
+    config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {}), **changes})
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -152,8 +152,6 @@ def test_a_student_equal_to_its_teacher_has_no_divergence(kind: Any) -> None:
         assert found.item() == 0.0
     elif kind != "ce_teacher":
         assert abs(found.item()) < 1e-6
-    agreement = losses.agreement_values(case.hidden, case.head, targets)
-    assert bool((agreement == 1).all())
 
 
 def test_only_what_requires_a_gradient_gets_one() -> None:
@@ -244,7 +242,6 @@ def test_logits_of_all_tokens_never_exist() -> None:
         ).backward(),
         lambda: losses.ce_loss_from_hidden(hidden, head, labels, weight, chunk=chunk).backward(),
         lambda: losses.distillation_values(hidden, head, teacher, chunk=chunk),
-        lambda: losses.agreement_values(hidden, head, teacher, chunk=chunk),
     ):
         assert _largest(compute) <= max(chunk * size, rows * time * 8)
     assert chunked.chunk_tokens(32000, torch.device("cpu")) == 131
@@ -421,8 +418,6 @@ def test_losses_that_make_no_sense_are_refused() -> None:
         losses.distillation_loss(case.hidden, case.head, sampled, ones, kind=kinds)
     with pytest.raises(ValueError, match="without `entropy`"):
         losses.distillation_loss(case.hidden, case.head, sampled, ones)
-    with pytest.raises(ValueError, match="most likely"):
-        losses.agreement_values(case.hidden, case.head, sampled)
     with pytest.raises(ValueError, match="renormalised top-k teacher does not have"):
         losses.distillation_loss(
             case.hidden, case.head, top_k, ones, kind=kinds, missing="renormalise"

@@ -153,42 +153,6 @@ def ce_loss_from_hidden(
     return total
 
 
-def agreement_values(
-    hidden: Tensor,
-    head: LogitHead,
-    targets: Targets,
-    *,
-    vocabulary: int | None = None,
-    chunk: int | None = None,
-) -> Tensor:
-    """1 where student and teacher have the same most likely next token, else 0: (B,T-1) float.
-
-    Raises `ValueError` for a sampled teacher, whose most likely token is not known.
-    """
-    rows, size = _prepare(hidden, head, targets, vocabulary, chunk)
-    dtype = chunked.matmul_dtype(hidden)
-    if targets.kind == "sampled":
-        raise ValueError("a sampled teacher does not say which token is the most likely one")
-    if targets.kind == "top_k":
-        assert targets.ids is not None and targets.log_probs is not None
-        best = targets.log_probs[:, :-1].argmax(-1, keepdim=True)
-        top = targets.ids[:, :-1].gather(-1, best).reshape(-1)
-
-        def compare(logits: Tensor, at: slice) -> chunked.Compared:
-            return (logits.argmax(-1) == top[at]).float(), logits
-
-    else:
-        teacher, project = _teacher(targets, dtype, rows, 1.0)
-
-        def compare(logits: Tensor, at: slice) -> chunked.Compared:
-            return (logits.argmax(-1) == project(teacher[at]).argmax(-1)).float(), logits
-
-    values = chunked.token_values(
-        hidden[:, :-1].flatten(0, 1), Projection.of(head, rows, dtype, 1.0), compare, size
-    )
-    return values.view(len(hidden), -1)
-
-
 def _prepare(
     hidden: Tensor, head: LogitHead, targets: Targets, vocabulary: int | None, chunk: int | None
 ) -> tuple[int, int]:

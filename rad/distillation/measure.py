@@ -16,6 +16,7 @@ from rad.distillation import losses
 from rad.distillation.batches import held_out
 from rad.distillation.chunked import chunk_tokens
 from rad.distillation.targets import LogitHead, Targets, head_of, rows_hidden
+from rad.distillation.teachers import LiveTeacher
 
 MOST_TOKENS = 1024  # of a chunk: its logits stay in the cache of a CPU
 Probe = Callable[[Any], dict[str, list[bool]]]  # task -> whether each document is right
@@ -49,16 +50,9 @@ class HeldOut:
 
     @torch.no_grad()
     def _targets(self, teacher: Any) -> list[Targets]:
-        if not isinstance(teacher, nn.Module):
-            return [
-                teacher.targets(
-                    part.tokens, part.rows, split="held_out", boundaries=part.boundaries
-                )
-                for part in self.parts
-            ]
-        head = head_of(teacher).detach()
+        asked = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         return [
-            Targets("hidden", hidden=rows_hidden(teacher, part.tokens, part.boundaries), head=head)
+            asked.targets(part.tokens, part.rows, split="held_out", boundaries=part.boundaries)
             for part in self.parts
         ]
 

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from rad.field_settings import ActivationMseSettings
 from rad.placement import Placement, Scores
-from rad.selection.base import SelectionContext
+from rad.selection.base import SelectionContext, ranked
 from rad.selection.layer_moves import (
     TextBatch,
     Trunk,
-    ranking_record,
     stand_ins,
     sweep,
     text_batches,
@@ -31,7 +30,7 @@ def select(context: SelectionContext) -> Placement:
     """
     settings = context.settings
     assert isinstance(settings, ActivationMseSettings)
-    kept = context.layer_count()
+    context.layer_count()  # a budget that cannot be met ends the job before any work
     batches = text_batches(context.need_corpus(), settings.rows, settings.batch_size, settings.seed)
     modules = stand_ins(context, settings.move)
     _, changed = sweep(context, batches, modules, distance, "activation_mse")
@@ -43,7 +42,7 @@ def select(context: SelectionContext) -> Placement:
             name="mean squared change of the last hidden state without the layer's attention",
             values=scores,
         ),
-        provenance=ranking_record(scores, True, kept),
+        provenance={"ranking": ranked(scores, True, "activation_mse")},
     )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from rad.field_settings import FlashMorphSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
-from rad.selection.base import SelectionContext, SelectionError, calibration_rows
-from rad.selection.layer_moves import all_linear, ranking_record, replaced
+from rad.selection.base import SelectionContext, SelectionError, calibration_rows, ranked
+from rad.selection.layer_moves import all_linear, replaced
 from rad.selection.nouns import NOUNS
 from rad.selection.recall_probes import Answers, Question
 
@@ -51,7 +51,7 @@ def select(context: SelectionContext) -> Placement:
     """
     settings = context.settings
     assert isinstance(settings, FlashMorphSettings)
-    kept = context.layer_count()
+    context.layer_count()  # a budget that cannot be met ends the job before any work
     gates, curve = learn_gates(context, settings)
     scores = gates.tolist()
     return context.layer_placement(
@@ -59,7 +59,7 @@ def select(context: SelectionContext) -> Placement:
         scores=Scores(
             kind="layer", name="gate of the layer's attention (1 at the start)", values=scores
         ),
-        provenance={"curve": curve, **ranking_record(scores, True, kept)},
+        provenance={"curve": curve, "ranking": ranked(scores, True, "flash_morph")},
     )
 
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from rad.field_settings import HaloSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
-from rad.selection.base import SelectionContext, SelectionError
-from rad.selection.layer_moves import ranking_record, stand_ins, sweep, text_batches, text_loss
+from rad.selection.base import SelectionContext, SelectionError, ranked
+from rad.selection.layer_moves import stand_ins, sweep, text_batches, text_loss
 from rad.selection.recall_ablation import answer_score, check_probe
 
 
@@ -75,7 +75,7 @@ def select(context: SelectionContext) -> Placement:
         ends = list(dict.fromkeys([0, context.layers - 1]))
         if kept < len(ends):
             raise SelectionError(f"halo: endpoints are {len(ends)} layers, the budget keeps {kept}")
-        ranking = ranking_record(scores, True, kept)["ranking"]
+        ranking = ranked(scores, True, "halo")
         order = ends + [layer for layer in ranking if layer not in ends][: kept - len(ends)]
     return context.layer_placement(
         order,
@@ -86,6 +86,6 @@ def select(context: SelectionContext) -> Placement:
             "common": common,
             "intact_recall": intact_recall,
             "intact_common": float(intact[1]),
-            **ranking_record(scores, True, kept),
+            "ranking": ranked(scores, True, "halo"),
         },
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rad.data.corpus import Corpus
 from rad.distillation.batches import slice_of
 from rad.placement import Placement
-from rad.selection.base import SelectionContext, SelectionError, decoder_layers, ranked
+from rad.selection.base import SelectionContext, SelectionError, decoder_layers
 
 Batch = TypeVar("Batch")
 
@@ -213,13 +213,3 @@ def text_loss(trunk: Trunk, hidden: Tensor, batch: TextBatch) -> tuple[Tensor, f
     correct = (logits.argmax(-1) == tokens).float()
     sums = torch.stack([-(own * weight).sum(), (correct * weight).sum()])
     return sums, float(weight.sum())
-
-
-def ranking_record(scores: Sequence[float], higher_is_kept: bool, kept: int) -> dict[str, Any]:
-    """The ranking for a placement's provenance, and the layers that tie across the cut."""
-    order = ranked(scores, higher_is_kept, "ranking")
-    record: dict[str, Any] = {"ranking": order}
-    if 0 < kept < len(order) and scores[order[kept - 1]] == scores[order[kept]]:
-        value = scores[order[kept]]
-        record["tied_at_the_cut"] = [i for i in range(len(order)) if scores[i] == value]
-    return record

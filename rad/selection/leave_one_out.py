@@ -27,7 +27,6 @@ from rad.placement import Placement, Scores
 from rad.selection.base import SelectionContext, SelectionError, ranked
 from rad.selection.layer_moves import (
     all_linear,
-    ranking_record,
     stand_ins,
     sweep,
     text_batches,
@@ -56,7 +55,7 @@ def select(context: SelectionContext) -> Placement:
     record = {
         "intact_loss": float(intact[0]),
         "intact_accuracy": float(intact[1]),
-        **ranking_record(scores, True, kept),
+        "ranking": ranked(scores, True, "leave_one_out"),
     }
     if settings.mode == "one_shot":
         return context.layer_placement(

@@ -11,8 +11,8 @@ import math
 
 from rad.field_settings import LmPplSettings
 from rad.placement import Placement, Scores
-from rad.selection.base import SelectionContext
-from rad.selection.layer_moves import ranking_record, stand_ins, sweep, text_batches, text_loss
+from rad.selection.base import SelectionContext, ranked
+from rad.selection.layer_moves import stand_ins, sweep, text_batches, text_loss
 
 
 def select(context: SelectionContext) -> Placement:
@@ -22,7 +22,7 @@ def select(context: SelectionContext) -> Placement:
     """
     settings = context.settings
     assert isinstance(settings, LmPplSettings)
-    kept = context.layer_count()
+    context.layer_count()  # a budget that cannot be met ends the job before any work
     batches = text_batches(context.need_corpus(), settings.rows, settings.batch_size, settings.seed)
     modules = stand_ins(context, settings.move)
     intact, changed = sweep(context, batches, modules, text_loss, "lm_ppl")
@@ -36,6 +36,6 @@ def select(context: SelectionContext) -> Placement:
         ),
         provenance={
             "intact_perplexity": math.exp(float(intact[0])),
-            **ranking_record(scores, True, kept),
+            "ranking": ranked(scores, True, "lm_ppl"),
         },
     )

@@ -22,8 +22,8 @@ from rad.field_settings import RecallAblationSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
 from rad.selection.agreement import spearman
-from rad.selection.base import SelectionContext, SelectionError
-from rad.selection.layer_moves import Trunk, ranking_record, silenced, stand_ins, sweep
+from rad.selection.base import SelectionContext, SelectionError, ranked
+from rad.selection.layer_moves import Trunk, silenced, stand_ins, sweep
 from rad.selection.recall_probes import Answers, Question
 
 
@@ -81,7 +81,7 @@ def select(context: SelectionContext) -> Placement:
             name=f"drop of {task} {settings.metric.replace('_', ' ')} without the layer ({unit})",
             values=scores,
         ),
-        provenance={"probe": record, **ranking_record(scores, True, kept)},
+        provenance={"probe": record, "ranking": ranked(scores, True, settings.method)},
     )
 
 

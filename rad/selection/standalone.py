@@ -100,7 +100,6 @@ def run(
             "aligned": aligned,
             "mixer": mixer,
             "state": state,
-            "base_source": record["source"],
         },
         **weights,
     )

@@ -14,12 +14,20 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from rad.commands import stages, tools
+from rad.commands import bench, efficiency, gpu, ruler, scoring, stages, tools
 from rad.commands.options import Verb
 
 STOPPED = 75
 
-VERBS: dict[str, Verb] = {**stages.VERBS, **tools.VERBS}
+VERBS: dict[str, Verb] = {
+    **stages.VERBS,
+    **tools.VERBS,
+    **bench.VERBS,
+    **scoring.VERBS,
+    **ruler.VERBS,
+    **efficiency.VERBS,
+    **gpu.VERBS,
+}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rad.evaluation.data import MissingData, check_data
 from rad.models.sources import ModelError, describe
 from rad.placement import BudgetError
 from rad.settings import NEEDS
@@ -92,7 +93,9 @@ def _check_files(study: Study) -> None:
     ]
     for name, task in study.evaluation.tasks.items():
         wanted += [(f"evaluation.tasks.{name}.files", file) for file in task.files]
-        wanted += [(f"evaluation.tasks.{name}.shot_files", file) for file in task.shot_files]
+        for key in ("shot_files", "questions"):
+            files = getattr(task, key, [])
+            wanted += [(f"evaluation.tasks.{name}.{key}", file) for file in files]
     for name, corpus in study.corpora.items():
         for source in corpus.every_source:
             if source.source in ("text", "jsonl", "parquet") and not source.files:
@@ -101,6 +104,10 @@ def _check_files(study: Study) -> None:
                 )
             if source.source == "hub" and not source.dataset:
                 raise StudyError(f"corpora.{name}.dataset: source `hub` needs a dataset")
+    try:
+        check_data(study.evaluation)
+    except MissingData as error:
+        raise StudyError(str(error)) from error
     for key, file in wanted:
         if not Path(file).exists():
             raise StudyError(f"{key}: no such file: {file}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -18,10 +19,10 @@ from rad.placement import Budget
 from rad.study import GridEntry, Study
 
 
-def _selectors() -> dict[type[Any], list[str]]:
-    """Settings class -> the methods that it configures."""
+def _by_class(registry: Mapping[str, type[Any]]) -> dict[type[Any], list[str]]:
+    """Settings class -> the names that it configures."""
     classes: dict[type[Any], list[str]] = {}
-    for name, kind in leaves.SELECTOR_SETTINGS.items():
+    for name, kind in registry.items():
         classes.setdefault(kind, []).append(name)
     return classes
 
@@ -40,7 +41,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
             "Selector " + ", ".join(f"`{name}`" for name in names),
             kind,
         )
-        for kind, names in _selectors().items()
+        for kind, names in _by_class(leaves.SELECTOR_SETTINGS).items()
     ),
     ("recipes.<name>", "A recipe", leaves.RecipeSettings),
     ("recipes.<name>.stages[]", "A distillation stage", leaves.StageSettings),
@@ -52,7 +53,10 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
     ("grid[]", "A block of the grid", GridEntry),
     ("grid[].budget", "A budget", Budget),
     ("evaluation", "Evaluation", leaves.EvaluationSettings),
-    ("evaluation.tasks.<name>", "A task", leaves.TaskSettings),
+    *(
+        ("evaluation.tasks.<name>", "Task " + ", ".join(f"`{name}`" for name in names), kind)
+        for kind, names in _by_class(leaves.TASK_SETTINGS).items()
+    ),
     ("evaluation.efficiency", "Efficiency probes", leaves.EfficiencySettings),
 ]
 

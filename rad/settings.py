@@ -41,11 +41,13 @@ from rad.selector_settings import (
     UniformSettings,
     needs_of,
 )
+from rad.task_settings import TASK_SETTINGS, TaskSettings, TaskTable
 
 __all__ = [
     "MIXER_SETTINGS",
     "NEEDS",
     "SELECTOR_SETTINGS",
+    "TASK_SETTINGS",
     "AlignmentSettings",
     "CorpusSettings",
     "DiscreteMamba2Settings",
@@ -67,6 +69,7 @@ __all__ = [
     "SlidingWindowSettings",
     "SourceSettings",
     "StageSettings",
+    "TaskSettings",
     "UniformSettings",
     "needs_of",
 ]
@@ -102,33 +105,13 @@ class TeacherOutputsSettings(Settings):
 # --- evaluation -----------------------------------------------------------------------------
 
 
-class TaskSettings(Settings):
-    kind: Literal[
-        "gsm_nano", "crux_nano", "ruler_nano", "gsm8k", "crux", "ruler_text", "perplexity"
-    ]
-    samples: int = Field(100, ge=1, description="documents (per length and sub-task)")
-    split: Literal["test", "hard"] = Field("test", description="split of a nano family")
-    subtasks: list[str] = Field(
-        default_factory=list, description="of ruler: single, multikey, vt, cwe; default: all"
-    )
-    lengths: list[int] = Field(default_factory=list, description="of ruler: contexts in tokens")
-    files: list[str] = Field(
-        default_factory=list, description="data files: texts, GSM8K test, CRUXEval"
-    )
-    shot_files: list[str] = Field(default_factory=list, description="of gsm8k: few-shot source")
-    shots: int = Field(0, ge=0, description="of gsm8k: worked examples in the prompt")
-    max_new_tokens: int = Field(64, ge=1, description="longest generated answer")
-    seed: int = 1234
-
-
 class EfficiencySettings(Settings):
     contexts: list[int] = Field(default_factory=lambda: [64, 128, 256, 512])
     decode_tokens: int = Field(16, ge=1, description="tokens decoded when the speed is measured")
     batch_size: int = Field(1, ge=1)
 
 
-class EvaluationSettings(Settings):
-    tasks: dict[str, TaskSettings] = Field(description="task name -> task")
+class EvaluationSettings(TaskTable):
     batch_size: int = Field(32, ge=1, description="prompts per batch (fixed: it can change scores)")
     max_length: int | None = Field(
         None, description="longest prompt + answer; default: the model's"

@@ -154,8 +154,9 @@ class Helpers:
         return list(self.study.corpora[wildcards.corpus].input_files)
 
     def task_files(self, wildcards: Any) -> list[str]:
-        tasks = self.study.evaluation.tasks.values()
-        return sorted({file for task in tasks for file in [*task.files, *task.shot_files]})
+        from rad.evaluation.data import input_files
+
+        return input_files(self.study.evaluation)
 
     def alignment_corpus(self, wildcards: Any) -> str:
         assert self.study.alignment is not None

@@ -12,10 +12,13 @@ from typing import Any
 
 import pytest
 
-from rad.evaluation import ruler_text, sources
+from rad.evaluation import build, ruler_text, sources
 from rad.evaluation.build import build_tasks, counter, template
-from rad.evaluation.scorers import ruler_scores
-from rad.settings import EvaluationSettings
+from rad.evaluation.documents.text import blocks
+from rad.evaluation.kinds import KINDS
+from rad.evaluation.scoring.contains import ruler_scores
+from rad.settings import TASK_SETTINGS, EvaluationSettings
+from rad.task_settings import suite_names
 
 NANO = Path(__file__).parents[1] / "rad" / "assets" / "nano" / "base"
 
@@ -101,21 +104,27 @@ def test_task_files_are_lm_eval_tasks_and_name_no_folder(tmp_path: Path) -> None
         assert path.is_dir() or str(tmp_path) not in path.read_text()
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["gsm_nano", "crux_nano", "ruler_nano", "gsm8k", "crux", "ruler_text", "perplexity"],
-)
-def test_templates_load_in_lm_eval(kind: str) -> None:
+TEMPLATES = sorted(path.stem for path in (Path(build.__file__).parent / "tasks").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_load_in_lm_eval(name: str) -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    from rad.evaluation import build
-
-    path = Path(build.__file__).parent / "tasks" / f"{kind}.yaml"
+    path = Path(build.__file__).parent / "tasks" / f"{name}.yaml"
     loaded = load_yaml(path, resolve_func=True)
-    assert loaded["task"] == kind and callable(loaded["process_results"])
-    assert loaded["metadata"] == template(kind)["metadata"]
-    names = [metric["metric"] for metric in loaded["metric_list"]]
-    assert build.KINDS[kind][1] in names
+    assert loaded["task"] == name
+    assert loaded["metadata"] == template(name)["metadata"]
+    if name in KINDS:
+        metrics = {metric["metric"]: metric for metric in loaded["metric_list"]}
+        assert set(KINDS[name].metrics) <= set(metrics)
+        headline = metrics[KINDS[name].metrics[0]]
+        assert headline["higher_is_better"] == KINDS[name].higher_is_better
+        assert loaded.get("process_results", KINDS[name].score) == KINDS[name].score
+
+
+def test_every_kind_can_be_configured_and_built() -> None:
+    assert set(KINDS) == set(TASK_SETTINGS)
 
 
 def test_building_imports_neither_torch_nor_transformers(tmp_path: Path) -> None:
@@ -141,10 +150,57 @@ def fails(tasks: dict[str, Any], tmp_path: Path, **options: Any) -> str:
 
 @pytest.mark.parametrize("kind", ["gsm8k", "crux", "ruler_text", "perplexity"])
 def test_a_missing_file_is_named(kind: str, tmp_path: Path) -> None:
-    task = {"kind": kind, "files": ["gone.txt"], "lengths": [64]}
+    task: dict[str, Any] = {"kind": kind, "files": ["gone.txt"]}
+    if kind == "ruler_text":
+        task["lengths"] = [64]
     message = fails({"mine": task}, tmp_path)
     assert "mine.files" in message and str(tmp_path / "gone.txt") in message
-    assert "mine.files" in fails({"mine": {**task, "files": []}}, tmp_path)
+    nowhere = fails({"mine": {**task, "files": []}}, tmp_path, offline=True, data="nowhere")
+    assert "tasks.mine" in nowhere and "files" in nowhere
+    assert kind == "ruler_text" or "put nowhere/" in nowhere, "the standard place is named"
+
+
+def test_missing_data_can_be_a_row(tmp_path: Path) -> None:
+    tasks = {
+        "words": {"kind": "gsm_nano", "samples": 2},
+        "real": {"kind": "gsm_zeroeval", "missing": "row"},
+    }
+    manifest = build_tasks(settings(tasks, offline=True), str(NANO), tmp_path, tmp_path)
+    ready, missing = manifest["tasks"]
+    assert ready["status"] == "ready" and ready["prompts"] == 2
+    assert missing["status"] == "missing" and "data/gsm8k/test.jsonl" in missing["reason"]
+    assert missing["family"] == "gsm" and missing["metric"] == "exact_match"
+    assert not (tmp_path / "data" / "real.jsonl").exists()
+
+
+def test_a_suite_is_expanded_and_adjusted() -> None:
+    tasks = {"crux_zeroeval": None, "gsm_zeroeval": {"samples": 7, "chat": False}}
+    found = EvaluationSettings.model_validate({"suites": ["zeroeval"], "tasks": tasks})
+    assert list(found.tasks) == ["gsm_zeroeval"]
+    assert found.wanted("gsm_zeroeval") == 7
+    assert EvaluationSettings.model_validate(found.model_dump(mode="json")) == found
+    limited = EvaluationSettings.model_validate({"suites": ["zeroeval"], "samples": 3})
+    assert limited.wanted("crux_zeroeval") == 3
+
+
+@pytest.mark.parametrize(
+    ("raw", "offered"),
+    [
+        ({"suites": ["zeroevl"]}, "zeroeval"),
+        ({"tasks": {"a": {"kind": "rulr"}}}, "ruler"),
+        ({"suites": ["gsm8k"], "tasks": {"gsm8k_cott": {"samples": 3}}}, "gsm8k_cot"),
+        ({"suites": ["gsm8k"], "tasks": {"gsm8": None}}, "gsm8k"),
+        ({}, "suites"),
+    ],
+)
+def test_a_typo_is_offered_the_closest_name(raw: dict[str, Any], offered: str) -> None:
+    with pytest.raises(ValueError, match=offered):
+        EvaluationSettings.model_validate(raw)
+
+
+def test_every_suite_names_known_kinds() -> None:
+    for name in suite_names():
+        EvaluationSettings.model_validate({"suites": [name]})
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
@@ -246,7 +302,7 @@ def test_running_text_is_cut_into_blocks_that_fit(tmp_path: Path) -> None:
     count = counter(str(NANO))
     path = book(tmp_path / "book.txt", 80)
     text = path.read_text()
-    cut = sources.blocks([text], 100, count)
+    cut = blocks([text], 100, count)
     assert max(map(count, cut)) <= 100
     assert " ".join(cut).split() == text.split()
     task = {"kind": "perplexity", "files": ["book.txt"], "samples": 7, "lengths": [64]}

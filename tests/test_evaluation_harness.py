@@ -7,21 +7,23 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from evaluation_fixture import handmade_tasks, request
 from test_evaluation_build import NANO, book
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from rad.evaluation import probe
+from rad.evaluation import cost, probe
 from rad.evaluation.bridge import HarnessModel, TruncationError, stop_ids
 from rad.evaluation.build import build_tasks
 from rad.evaluation.efficiency import cache_bytes, measure
 from rad.evaluation.harness import evaluate
+from rad.evaluation.loading import load_manifest, read_documents
 from rad.evaluation.probe import ProbeItem, build_probe, probe_accuracy, probe_of, shares
-from rad.settings import EvaluationSettings, Mamba2Settings, SlidingWindowSettings
+from rad.files import write_json
+from rad.settings import EvaluationSettings, Mamba2Settings
 
 SHARED = Path(os.environ.get("RAD_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K-hf"
@@ -63,10 +65,7 @@ def hybrid(model: LlamaForCausalLM, mixer: dict[str, Any]) -> Any:
     return convert(model, placement, mixer, "qkvo").eval()
 
 
-MIXERS: list[dict[str, Any]] = [
-    Mamba2Settings(chunk=16).model_dump(),
-    SlidingWindowSettings(window=8, sinks=2).model_dump(),
-]
+MAMBA2: dict[str, Any] = Mamba2Settings(chunk=16).model_dump()
 
 
 @pytest.fixture(scope="session")
@@ -137,10 +136,6 @@ def samples(output: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
 
 
-def request(*arguments: Any) -> Any:
-    return SimpleNamespace(args=arguments, task_name="t", doc_id=0)
-
-
 def generate(model: Any, tokenizer: Any, size: int, stops: tuple[str, ...] = ()) -> list[str]:
     options = {"until": list(stops), "max_gen_toks": 24, "do_sample": False}
     lm = HarnessModel(model, tokenizer, size)
@@ -183,7 +178,10 @@ def test_the_files_follow_the_contract(
         "task": "find",
         "subtask": "vt",
         "length": 64,
+        "n": 2,
+        "truncation_rate": about["tasks"]["find_vt_64"]["truncation_rate"],
     }
+    assert about["missing"] == {} and about["processes"] == 1
     assert str(tasks) not in json.dumps(result), "results name no folder of this machine"
 
     records = samples(tmp_path)
@@ -197,8 +195,127 @@ def test_the_files_follow_the_contract(
         if about["tasks"][name]["family"] != "perplexity":  # what lm-eval asked is what was built
             assert [record["prompt"] for record in mine] == [doc["prompt"] for doc in documents]
         metric = f"{about['tasks'][name]['metric']},none"
+        assert [record["id"] for record in mine] == [
+            doc.get("id", str(index)) for index, doc in enumerate(documents)
+        ]
         mean = sum(record["score"] for record in mine) / len(mine)
         assert result["results"][name][metric] == pytest.approx(mean)
+        for other, value in mine[0]["metrics"].items():  # not the headline alone
+            assert f"{other},none" in result["results"][name] and isinstance(value, float)
+        if "truncation_rate" in about["tasks"][name]:
+            rate = sum(record["truncated"] for record in mine) / len(mine)
+            assert about["tasks"][name]["truncation_rate"] == rate
+            most = result["configs"][name]["generation_kwargs"]["max_gen_toks"]
+            assert all(0 < record["new_tokens"] <= most for record in mine)
+        else:
+            assert about["tasks"][name]["family"] == "perplexity"
+
+
+def test_repeats_choices_and_missing_data(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    folder = handmade_tasks(tmp_path / "tasks")
+    result = run(model, tokenizer, folder, tmp_path / "a")
+    again = run(model, tokenizer, folder, tmp_path / "b", batch_size=7)
+    assert result["rad"]["missing"] == {"absent": "no file absent.jsonl"}
+    assert result["rad"]["tasks"]["absent"]["n"] == 0 and "absent" not in result["results"]
+    records = samples(tmp_path / "a")
+    assert [record["task"] for record in records] == ["sampled"] * 5 + ["choice"] * 5
+    for record in records[:5]:
+        assert len(record["responses"]) == 3 and record["response"] == record["responses"][0]
+        assert len(set(record["responses"])) > 1, "sampled anew each time"
+        assert record["metrics"]["different"] > 1 / 3
+        assert 3 <= record["new_tokens"] <= 36
+    assert result["results"]["sampled"]["hit,all"] == pytest.approx(
+        sum(record["score"] for record in records[:5]) / 5
+    )
+    lm = HarnessModel(model, tokenizer, 1)
+    for record in records[5:]:
+        assert set(record["metrics"]) == {"acc", "acc_norm"}
+        choices = [" hats", " Ann has", " 3"]
+        values = lm.loglikelihood([request(record["prompt"], choice) for choice in choices])
+        assert record["loglikelihoods"] == pytest.approx([value for value, _ in values], abs=1e-4)
+        assert record["response"] == choices[max(range(3), key=lambda i: values[i][0])]
+        assert record["target"] == " Ann has"
+        assert record["score"] == (record["response"] == record["target"])
+    other = samples(tmp_path / "b")
+    assert [record["responses"] for record in other[:5]] == [r["responses"] for r in records[:5]]
+    assert again["results"]["choice"] == result["results"]["choice"]
+
+
+def test_a_suite_without_any_data_says_so(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    folder = handmade_tasks(tmp_path / "tasks")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tasks"] = manifest["tasks"][2:]
+    write_json(folder / "manifest.json", manifest)
+    result = run(model, tokenizer, folder, tmp_path / "a")
+    assert result["results"] == {} and samples(tmp_path / "a") == []
+    assert list(result["rad"]["missing"]) == ["absent"]
+    write_json(folder / "manifest.json", {**manifest, "tasks": []})
+    with pytest.raises(ValueError, match="no tasks"):
+        run(model, tokenizer, folder, tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", ["{", '{"id": "c0"}\n{"id": "c', "[1]"])
+def test_half_written_files_are_named(
+    model: Any, tokenizer: Any, tmp_path: Path, content: str
+) -> None:
+    folder = handmade_tasks(tmp_path / "tasks")
+    data = folder / "data" / "choice.jsonl"
+    data.write_text(content)
+    with pytest.raises(ValueError, match=r"choice\.jsonl, line \d: .*run `rad tasks` again"):
+        run(model, tokenizer, folder, tmp_path)
+    data.unlink()
+    with pytest.raises(ValueError, match=r"choice\.jsonl: cannot read"):
+        run(model, tokenizer, folder, tmp_path)
+    (folder / "manifest.json").write_text('{"tasks": [')
+    with pytest.raises(ValueError, match=r"manifest\.json: not JSON"):
+        run(model, tokenizer, folder, tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_fields_may_differ_between_documents(tmp_path: Path) -> None:
+    rows = [{"id": "a", "gold": 1}, {"id": "b", "gold": "x\u2028y", "more": [1, "2"]}]
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    found = read_documents({"test": str(path)})["test"]
+    assert list(found) == rows and list(found.features) == ["id", "gold", "more"]
+
+
+def test_the_cost_is_known_before_and_met(
+    model: Any, tokenizer: Any, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = load_manifest(tasks)
+    rows, total = cost.summary(manifest)
+    result = run(model, tokenizer, tasks, tmp_path, progress=True)
+    records = samples(tmp_path)
+    assert total.documents == total.prompts == len(records)
+    generated = [record for record in records if "new_tokens" in record]
+    assert sum(record["new_tokens"] for record in generated) <= total.new_tokens
+    assert result["rad"]["cost"] == {
+        "documents": len(records),
+        "prompts": len(records),
+        "prompt_tokens": total.prompt_tokens,
+        "new_tokens": total.new_tokens,
+    }
+    lm = HarnessModel(model, tokenizer, 1)
+    for row in rows:
+        mine = [record for record in records if record["task"] == row.task]
+        if row.new_tokens:
+            assert row.prompt_tokens == sum(len(lm.tok_encode(r["prompt"])) for r in mine)
+    shown = capsys.readouterr().err
+    assert shown.startswith(cost.text(manifest))
+    assert f"{total.prompts}/{total.prompts}" in shown.splitlines()[-1]
+    assert f"new tokens of at most {total.new_tokens:,}" in shown
+
+
+def test_the_cost_of_repeats_and_choices(tmp_path: Path) -> None:
+    manifest = load_manifest(handmade_tasks(tmp_path))
+    rows, total = cost.summary(manifest)
+    assert rows == [
+        cost.Cost("sampled", 5, 15, 300, 15 * 12),
+        cost.Cost("choice", 5, 15, 300, 0),
+    ]
+    assert total == cost.Cost("total", 10, 30, 600, 180)
+    assert cost.text(manifest).splitlines()[-1].split() == ["total", "10", "30", "600", "180"]
 
 
 def test_same_again_and_for_any_folder(
@@ -281,16 +398,6 @@ def test_padding_changes_nothing(model: Any, tokenizer: Any) -> None:
     assert generate(model, tokenizer, 3) == single
 
 
-@pytest.mark.parametrize("mixer", MIXERS, ids=lambda mixer: mixer["type"])
-def test_padding_changes_nothing_in_a_hybrid(
-    model: Any, tokenizer: Any, mixer: dict[str, Any]
-) -> None:
-    student = hybrid(model, mixer)
-    single = generate(student, tokenizer, 1)
-    assert len(set(single)) > 1 and single != generate(model, tokenizer, 1)
-    assert generate(student, tokenizer, 5) == single
-
-
 def test_answers_end_before_stop_strings(model: Any, tokenizer: Any) -> None:
     full = generate(model, tokenizer, 5)
     stop = full[0][4:7]
@@ -346,8 +453,7 @@ def test_exactly_one_start_of_text(model: Any, tokenizer: Any) -> None:
     start = tokenizer.bos_token_id
     lm = HarnessModel(model, tokenizer, 2)
     for text in ("Ann has", "<s>Ann has"):
-        batch, mask = lm.tok_batch_encode([text, text + " hats"])
-        for tokens in (probe.encode(tokenizer, text), batch[0][mask[0] == 1].tolist()):
+        for tokens in (probe.encode(tokenizer, text), lm.tok_encode(text)):
             assert tokens[0] == start and tokens.count(start) == 1
     before, after = probe.encode_pair(tokenizer, "assert f(1) == ", "[1, 2]")
     assert before.count(start) == 1 and start not in after
@@ -421,7 +527,7 @@ def test_efficiency_measures_the_cache(model: Any) -> None:
 
 
 def test_efficiency_of_a_hybrid_has_a_state(model: Any) -> None:
-    student = hybrid(model, MIXERS[0])
+    student = hybrid(model, MAMBA2)
     found = measure(student, run="r", contexts=[16, 32], decode_tokens=2, batch_size=1)
     # two kept heads with keys and values of their own in one layer
     assert found["kv_bytes_per_token"] == 2 * 2 * 8 * 4

@@ -74,6 +74,10 @@ class ChatTemplate:
                 answer[after] = True
         return ids, answer
 
+    def prompt(self, messages: list[Message], where: str) -> str:
+        """The text before the assistant's next answer; raises `CorpusError` if it is refused."""
+        return str(self._apply(messages, where, add_generation_prompt=True))
+
     def _span(self, messages: list[Message], turn: int, text: str, where: str) -> tuple[int, int]:
         """Characters of `text` that answer number `turn` takes: from its prompt to its content."""
         prompt = self._apply(messages[:turn], where, add_generation_prompt=True)

@@ -5,54 +5,42 @@
     data/<task>.jsonl    one document per line
     yaml/<task>.yaml     an lm-eval task; its data file is relative to the output folder
     probe.jsonl          other documents, for the accuracy along the distillation curve
-    manifest.json        the concrete tasks: family, metric, sub-task, length, samples, limits
+    manifest.json        the concrete tasks: family, metrics, sub-task, length, prompts, tokens
 
-Needs the tokenizer but neither torch nor transformers.
+Needs the tokenizer but neither torch nor transformers, unless prompts have a chat template.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from rad.evaluation import ruler_text, sources
+from rad.evaluation.data import MissingData
+from rad.evaluation.kinds import KINDS
+from rad.evaluation.request import Concrete, Request
 from rad.evaluation.sources import Count, Document, TaskError
 from rad.files import digest, file_digest, read_json, write_json, write_text
-from rad.settings import EvaluationSettings, TaskSettings
+from rad.settings import EvaluationSettings
 
-SCHEMA = 1
-NANO_SUBTASKS: tuple[str, ...] = ("single", "multikey", "vt", "cwe")
-# kind -> family, main metric, whether more is better
-KINDS: dict[str, tuple[str, str, bool]] = {
-    "gsm_nano": ("gsm", "exact_match", True),
-    "gsm8k": ("gsm", "exact_match", True),
-    "crux_nano": ("crux", "literal_match", True),
-    "crux": ("crux", "literal_match", True),
-    "ruler_nano": ("ruler", "exact_match", True),
-    "ruler_text": ("ruler", "string_match", True),
-    "perplexity": ("perplexity", "token_nll", False),
-}
-# The probe must not see test documents: another seed, far from any that a study would choose.
-PROBE_SEED_OFFSET = 1_000_003
-
-
-class Concrete(NamedTuple):
-    """One lm-eval task: what a configured task stands for, or one (sub-task, length) of it."""
-
-    name: str
-    task: str
-    settings: TaskSettings
-    subtask: str | None
-    length: int | None
-    documents: list[Document]
-
+SCHEMA = 2
 
 # --- the tokenizer --------------------------------------------------------------------------
+
+
+def _counted(encode: Callable[[str], list[int]]) -> Count:
+    """Tokens of a text; the `<s>` that a chat template wrote is not counted twice."""
+    start = encode("")[:1]
+
+    def count(text: str) -> int:
+        tokens = encode(text)
+        return len(tokens) - (len(start) == 1 and tokens[:2] == start * 2)
+
+    return count
 
 
 def counter(tokenizer_path: str) -> Count:
@@ -66,7 +54,7 @@ def counter(tokenizer_path: str) -> Count:
 
         backend = Tokenizer.from_file(str(file))
         backend.no_truncation()
-        return lambda text: len(backend.encode(text).ids)
+        return _counted(lambda text: backend.encode(text).ids)
     from transformers import AutoTokenizer
 
     try:
@@ -75,7 +63,7 @@ def counter(tokenizer_path: str) -> Count:
         raise TaskError(
             f"no tokenizer at {tokenizer_path}: {str(error).splitlines()[0]}"
         ) from error
-    return lambda text: len(tokenizer.encode(text))
+    return _counted(tokenizer.encode)
 
 
 def trained_context(tokenizer_path: str) -> int | None:
@@ -103,106 +91,65 @@ def context_limit(settings: EvaluationSettings, tokenizer_path: str) -> int:
 # --- documents ------------------------------------------------------------------------------
 
 
-def _spread(total: int, parts: int) -> list[int]:
-    """`total` divided into `parts` that differ by one at most, the larger ones first."""
-    return [total // parts + (index < total % parts) for index in range(parts)]
-
-
-def _interleave(groups: Iterable[list[Document]]) -> list[Document]:
-    """Round-robin, so that a prefix of the probe covers every sub-task and length."""
-    left = [list(group) for group in groups]
-    result = []
-    while any(left):
-        result += [group.pop(0) for group in left if group]
-    return result
-
-
-def _grid(task: str, settings: TaskSettings) -> list[tuple[str, int]]:
-    """The (sub-task, length) pairs of a ruler task; raises `TaskError` on unknown ones or none."""
-    known = NANO_SUBTASKS if settings.kind == "ruler_nano" else ruler_text.SUBTASKS
-    chosen = settings.subtasks or list(known)
-    for name in chosen:
-        if name not in known:
-            raise TaskError(
-                f"evaluation.tasks.{task}.subtasks: unknown {name!r}; known: {', '.join(known)}"
-            )
-    if not settings.lengths:
-        raise TaskError(f"evaluation.tasks.{task}.lengths: a ruler task needs at least one length")
-    return [(name, length) for name in chosen for length in settings.lengths]
-
-
-def _without(documents: list[Document], taken: set[str], most: int) -> list[Document]:
-    return [item for item in documents if item["prompt"] not in taken][:most]
-
-
-def _ruler(
-    task: str, settings: TaskSettings, root: Path, probes: int, count: Count
-) -> tuple[list[Concrete], list[Document]]:
-    """The concrete tasks and the probe of a `ruler_nano` or `ruler_text` task."""
-    grid = _grid(task, settings)
-    hay = None
-    if settings.kind == "ruler_text":
-        hay = ruler_text.Haystack(sources.read_texts(task, settings.files, root))
-        hay.check(task)
-
-    def make(subtask: str, length: int, samples: int, seed: int) -> list[Document]:
-        if hay is None:
-            return sources.nano(task, settings, samples, seed, task=subtask, tokens=length)
-        return ruler_text.documents(
-            task,
-            subtask,
-            length,
-            samples,
-            hay=hay,
-            seed=seed,
-            new_tokens=settings.max_new_tokens,
+def _requested(
+    settings: EvaluationSettings, tokenizer: str, root: Path, count: Count, limit: int
+) -> Iterable[Concrete]:
+    """The concrete tasks of every configured one, missing data as a task without documents."""
+    for task, options in settings.tasks.items():
+        request = Request(
+            task=task,
+            settings=options,
+            root=root,
+            data=Path(settings.data),
             count=count,
+            limit=limit,
+            trained=trained_context(tokenizer),
+            samples=settings.wanted(task),
+            probes=settings.probe_samples,
+            tokenizer=tokenizer,
+            offline=settings.offline,
+            chat_template=settings.chat_template,
         )
-
-    concrete, groups = [], []
-    for (subtask, length), share in zip(grid, _spread(probes, len(grid)), strict=True):
-        documents = make(subtask, length, settings.samples, settings.seed)
-        name = f"{task}_{subtask}_{length}"
-        concrete.append(Concrete(name, task, settings, subtask, length, documents))
-        if share:
-            taken = {item["prompt"] for item in documents}
-            others = make(subtask, length, share + 2, settings.seed + PROBE_SEED_OFFSET)
-            groups.append(_without(others, taken, share))
-    return concrete, _interleave(groups)
-
-
-def _plain(
-    task: str, settings: TaskSettings, root: Path, probes: int, count: Count, limit: int
-) -> tuple[list[Document], list[Document]]:
-    """(documents, probe documents) of word problems and output prediction."""
-    if settings.kind in ("gsm_nano", "crux_nano"):
-        documents = sources.nano(task, settings, settings.samples, settings.seed)
-        if not probes:
-            return documents, []
-        taken = {item["prompt"] for item in documents}
-        # Short functions repeat between seeds, so ask for more than needed.
-        others = sources.nano(task, settings, 2 * probes, settings.seed + PROBE_SEED_OFFSET)
-        return documents, _without(others, taken, probes)
-    if settings.kind == "gsm8k":
-        return sources.gsm8k(task, settings, root, probes, count, limit)
-    if settings.kind == "crux":
-        return sources.crux(task, settings, root, probes)
-    raise TaskError(f"evaluation.tasks.{task}.kind: unknown kind {settings.kind!r}")
+        try:
+            found = KINDS[options.kind].build(request)
+        except MissingData as error:
+            if options.missing == "error":
+                raise
+            found = [Concrete(task, task, options, [], missing=str(error))]
+        for concrete in found:
+            if not concrete.documents and concrete.missing is None:
+                raise TaskError(f"evaluation.tasks.{task}: {concrete.name} has no documents")
+            yield concrete
 
 
-def _check_lengths(concrete: Concrete, count: Count, limit: int) -> int:
-    """Longest prompt in tokens; raises `TaskError` when prompt and answer exceed the limit."""
-    if concrete.settings.kind == "perplexity":
-        return max(int(document["tokens"]) for document in concrete.documents) + 1
-    longest = max(count(document["prompt"]) for document in concrete.documents)
-    need = longest + concrete.settings.max_new_tokens
-    if need > limit:
+def _prompt_tokens(document: Document, count: Count) -> int:
+    """Tokens of a prompt; of a choice task with the longest choice behind it."""
+    if "tokens" in document:
+        return int(document["tokens"])
+    if "choices" in document:
+        contexts = document.get("contexts") or [document["prompt"]] * len(document["choices"])
+        pairs = zip(contexts, document["choices"], strict=True)
+        return max(count(f"{context} {choice}") for context, choice in pairs)
+    return count(document["prompt"])
+
+
+def _check_lengths(concrete: Concrete, count: Count, limit: int) -> list[int]:
+    """Tokens of every prompt; raises `TaskError` when prompt and answer exceed the limit."""
+    tokens = [_prompt_tokens(document, count) for document in concrete.documents]
+    if concrete.missing is not None:
+        return tokens
+    kind = output_type(concrete)
+    if kind == "loglikelihood_rolling":
+        return [length + 1 for length in tokens]  # <s> in front
+    longest = max(tokens)
+    answer = concrete.settings.max_new_tokens if kind == "generate_until" else 0
+    if longest + answer > limit:
         raise TaskError(
             f"evaluation.tasks.{concrete.task}: {concrete.name} has a prompt of {longest} tokens "
-            f"and generates up to {concrete.settings.max_new_tokens}, {need} in all, but the limit "
+            f"and generates up to {answer}, {longest + answer} in all, but the limit "
             f"is {limit}; raise evaluation.max_length or shorten the task"
         )
-    return longest
+    return tokens
 
 
 # --- task files -----------------------------------------------------------------------------
@@ -230,20 +177,35 @@ _Dumper.add_representer(
 )
 
 
-def template(kind: str) -> dict[str, Any]:
-    """The task YAML of a kind as shipped in `rad/evaluation/tasks`; functions stay references."""
-    text = resources.files("rad.evaluation").joinpath("tasks", f"{kind}.yaml").read_text("utf-8")
+def template(name: str) -> dict[str, Any]:
+    """A task YAML as shipped in `rad/evaluation/tasks`; functions stay references."""
+    text = resources.files("rad.evaluation").joinpath("tasks", f"{name}.yaml").read_text("utf-8")
     content: dict[str, Any] = yaml.load(text, Loader=_Loader)
     return content
 
 
+def _template(concrete: Concrete) -> dict[str, Any]:
+    return template(concrete.template or concrete.settings.kind)
+
+
+def output_type(concrete: Concrete) -> str:
+    """lm-eval's kind of request: generate_until, multiple_choice, loglikelihood(_rolling)."""
+    return str(_template(concrete)["output_type"])
+
+
 def render(concrete: Concrete) -> str:
     """The lm-eval YAML of one concrete task."""
-    content = template(concrete.settings.kind)
+    content = _template(concrete)
     content["task"] = concrete.name
     content["dataset_kwargs"] = {"data_files": {"test": f"data/{concrete.name}.jsonl"}}
     if "generation_kwargs" in content:
         content["generation_kwargs"]["max_gen_toks"] = concrete.settings.max_new_tokens
+        content["generation_kwargs"].update(concrete.generation)
+    if concrete.repeats > 1:
+        content["repeats"] = concrete.repeats
+        # without a filter of its own lm-eval scores the first of several answers
+        take = [{"function": "take_first_k", "k": concrete.repeats}]
+        content["filter_list"] = [{"name": "all", "filter": take}]
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -251,23 +213,37 @@ def _lines(rows: Iterable[Document]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _entry(concrete: Concrete, path: Path, prompt_tokens: int) -> dict[str, Any]:
+def _entry(concrete: Concrete, tokens: list[int]) -> dict[str, Any]:
     """The manifest's record of one concrete task."""
-    family, metric, higher = KINDS[concrete.settings.kind]
-    return {
+    kind = KINDS[concrete.settings.kind]
+    shared = {
         "name": concrete.name,
         "task": concrete.task,
         "kind": concrete.settings.kind,
-        "family": family,
-        "metric": metric,
-        "higher_is_better": higher,
+        "family": concrete.settings.family or kind.family,
+        "metric": kind.metrics[0],
+        "metrics": list(kind.metrics),
+        "higher_is_better": kind.higher_is_better,
         "subtask": concrete.subtask,
         "length": concrete.length,
+    }
+    if concrete.missing is not None:
+        return {**shared, "status": "missing", "reason": concrete.missing}
+    choices = [len(document.get("choices", [None])) for document in concrete.documents]
+    return {
+        **shared,
+        "status": "ready",
         "samples": len(concrete.documents),
+        "output_type": output_type(concrete),
+        "repeats": concrete.repeats,
         "max_new_tokens": concrete.settings.max_new_tokens,
-        "prompt_tokens": prompt_tokens,
-        "version": template(concrete.settings.kind)["metadata"]["version"],
-        "sha256": file_digest(path),
+        # what the model reads: every answer and every choice has a prompt of its own
+        "prompts": sum(choices) * concrete.repeats,
+        "prompt_tokens": max(tokens),
+        "prompt_tokens_total": sum(t * c for t, c in zip(tokens, choices, strict=True))
+        * concrete.repeats,
+        "version": _template(concrete)["metadata"]["version"],
+        "facts": concrete.facts,
     }
 
 
@@ -276,48 +252,37 @@ def build_tasks(
     tokenizer_path: str,
     output: Path,
     external_root: Path = Path("."),
-) -> None:
+) -> dict[str, Any]:
     """Write documents, task files, probe and manifest of all tasks below `output`.
 
-    Data files of the settings are relative to `external_root`. Lengths are measured with the
-    tokenizer of the folder `tokenizer_path`. Raises `TaskError` (a `ValueError`) with one line when
-    a file is missing or a prompt does not fit the context; nothing is written before all tasks are
-    known to be sound.
+    Returns the manifest. Data files of the settings are relative to `external_root`. Lengths are
+    measured with the tokenizer of the folder `tokenizer_path`. Raises `TaskError` (a `ValueError`)
+    with one line when a file is missing or a prompt does not fit the context; nothing is written
+    before all tasks are known to be sound.
     """
     count = counter(tokenizer_path)
     limit = context_limit(settings, tokenizer_path)
-    every: list[Concrete] = []
-    probe: list[Document] = []
-    for task, options in settings.tasks.items():
-        wanted = settings.probe_samples
-        if options.kind in ("ruler_nano", "ruler_text"):
-            found, others = _ruler(task, options, external_root, wanted, count)
-        elif options.kind == "perplexity":
-            # Blocks of the trained length, also where max_length lets long prompts run past it.
-            block = min([limit, *options.lengths, trained_context(tokenizer_path) or limit])
-            documents = sources.perplexity(task, options, external_root, count, block)
-            found, others = [Concrete(task, task, options, None, None, documents)], []
-        else:
-            documents, others = _plain(task, options, external_root, wanted, count, limit)
-            found = [Concrete(task, task, options, None, None, documents)]
-        every += found
-        # Nano answers end the text; other texts go on after theirs.
-        ends = options.kind.endswith("_nano")
-        probe += [
-            {"task": task, "prompt": item["prompt"], "target": item["target"], "end": ends}
-            for item in others
-        ]
+    every = list(_requested(settings, tokenizer_path, external_root, count, limit))
     names = [concrete.name for concrete in every]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TaskError(f"evaluation.tasks: two tasks are called {min(twice)!r}")
-    longest = [_check_lengths(concrete, count, limit) for concrete in every]
+    tokens = [_check_lengths(concrete, count, limit) for concrete in every]
 
-    entries = []
-    for concrete, tokens in zip(every, longest, strict=True):
-        path = output / "data" / f"{concrete.name}.jsonl"
-        write_text(path, _lines(concrete.documents))
-        write_text(output / "yaml" / f"{concrete.name}.yaml", render(concrete))
-        entries.append(_entry(concrete, path, tokens))
+    entries, probe = [], []
+    for concrete, lengths in zip(every, tokens, strict=True):
+        entry = _entry(concrete, lengths)
+        if concrete.missing is None:
+            path = output / "data" / f"{concrete.name}.jsonl"
+            write_text(path, _lines(concrete.documents))
+            write_text(output / "yaml" / f"{concrete.name}.yaml", render(concrete))
+            entry["sha256"] = file_digest(path)
+        entries.append(entry)
+        # Nano answers end the text; other texts go on after theirs.
+        ends = concrete.settings.kind.endswith("_nano")
+        probe += [
+            {"task": concrete.task, "prompt": item["prompt"], "target": item["target"], "end": ends}
+            for item in concrete.probe
+        ]
     write_text(output / "probe.jsonl", _lines(probe))
     manifest = {
         "schema": SCHEMA,
@@ -326,3 +291,4 @@ def build_tasks(
         "tasks": entries,
     }
     write_json(output / "manifest.json", manifest)
+    return manifest

@@ -6,25 +6,32 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rad.files import read_json, write_json, write_text
+from rad.evaluation import cost
+from rad.evaluation.loading import load_manifest, load_tasks
+from rad.files import write_json, write_text
+from rad.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SCHEMA = 1
+    from rad.evaluation.bridge import HarnessModel
+
+SCHEMA = 2
 # Closed-form standard errors only: lm-eval would start processes to bootstrap anything else.
 _STANDARD_ERRORS = 2
 
 
 @contextlib.contextmanager
-def _offline(progress: bool) -> Iterator[None]:
-    """No network, bars of `HFLM` alone and only when wanted, of the chatter only errors."""
+def _offline() -> Iterator[None]:
+    """No network, none of lm-eval's bars, of the chatter only errors."""
     wanted = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -33,13 +40,12 @@ def _offline(progress: bool) -> Iterator[None]:
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
-    # transformers warns when max_length runs past the trained context, which is a setting here
+    # transformers warns when a prompt runs past the trained context, which is a setting here
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     from lm_eval.api import task as task_module
-    from lm_eval.models import huggingface as model_module
 
     bar = task_module.tqdm
 
@@ -47,14 +53,11 @@ def _offline(progress: bool) -> Iterator[None]:
         return bar(*values, **{**options, "disable": True})
 
     # lm-eval makes a bar per task for building requests, which takes milliseconds here.
-    quiet = [task_module] if progress else [task_module, model_module]
-    for module in quiet:
-        module.tqdm = hidden
+    task_module.tqdm = hidden
     try:
         yield
     finally:
-        for module in quiet:
-            module.tqdm = bar
+        task_module.tqdm = bar
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         for name, value in before.items():
@@ -64,60 +67,90 @@ def _offline(progress: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def read_documents(data_files: dict[str, str], **unused: Any) -> dict[str, Any]:
-    """lm-eval `custom_dataset`: JSON Lines in memory, split name -> dataset.
+def _answer(loaded: Mapping[str, Any], lm: HarnessModel) -> None:
+    """What lm-eval's `evaluate` asks of a model, and no more: for processes that do not score.
 
-    Stands in for `dataset_path: json`, which converts and caches every file below the home folder;
-    ten times slower for the small files here, and stale when two studies meet.
+    Scoring stays with one process: it takes others' CPU time otherwise, on which the verdict about
+    a program that runs too long depends.
     """
-    from datasets import Dataset
-
-    result = {}
-    for split, path in data_files.items():
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        result[split] = Dataset.from_list([json.loads(line) for line in lines])
-    return result
-
-
-def load_manifest(tasks: Path) -> dict[str, Any]:
-    """The manifest of a folder written by `build_tasks`; raises `ValueError` when there is none."""
-    manifest: dict[str, Any] = read_json(tasks / "manifest.json")
-    return manifest
+    requests: dict[str, list[Any]] = defaultdict(list)
+    for task in loaded["tasks"].values():
+        task.build_all_requests(rank=0, world_size=1)
+        for instance in task.instances:
+            requests[instance.request_type] += [instance] * instance.repeats
+    for kind, several in requests.items():
+        getattr(lm, kind)(several)
 
 
-def task_configuration(tasks: Path, name: str) -> dict[str, Any]:
-    """The lm-eval configuration of one built task, its data file resolved against `tasks`."""
-    from lm_eval.tasks._yaml_loader import load_yaml
+def _run(loaded: Mapping[str, Any], lm: HarnessModel) -> dict[str, Any]:
+    """lm-eval's `evaluate`; tables without rows where no task has data."""
+    if not loaded["tasks"]:
+        tables = ("results", "configs", "versions", "n-shot", "n-samples", "higher_is_better")
+        return {name: {} for name in (*tables, "samples")}
+    from lm_eval import evaluate as run_tasks
 
-    content: dict[str, Any] = load_yaml(tasks / "yaml" / f"{name}.yaml", resolve_func=True)
-    files = content["dataset_kwargs"]["data_files"]
-    del content["dataset_path"]
-    content["custom_dataset"] = read_documents
-    content["dataset_kwargs"] = {
-        "data_files": {split: str((tasks / file).resolve()) for split, file in files.items()}
-    }
-    return content
+    # `simple_evaluate` is this call plus several seconds of asking pip and git about the machine;
+    # what it would add and is of use is added by our caller.
+    results: dict[str, Any] = run_tasks(
+        lm=lm, task_dict=loaded, bootstrap_iters=_STANDARD_ERRORS, log_samples=True
+    )
+    return results
 
 
-def _sample(entry: dict[str, Any], logged: dict[str, Any]) -> dict[str, Any]:
+def _numbers(logged: Mapping[str, Any]) -> dict[str, float]:
+    """Every metric of a document that is a number, not parts of one for the whole task."""
+    found = {name: logged[name] for name in logged["metrics"]}
+    return {name: float(v) for name, v in found.items() if isinstance(v, bool | int | float)}
+
+
+def _sample(entry: dict[str, Any], logged: dict[str, Any], lm: HarnessModel) -> dict[str, Any]:
     """One record of `samples.jsonl` from lm-eval's log of a document."""
     document = logged["doc"]
     record = {
         "task": entry["name"],
         "family": entry["family"],
         "doc_id": logged["doc_id"],
+        "id": str(document.get("id", logged["doc_id"])),
         "metric": entry["metric"],
         "score": float(logged[entry["metric"]]),
+        "metrics": _numbers(logged),
         "prompt": document.get("prompt", ""),
         "target": document.get("target", document.get("text", "")),
         "response": logged["resps"][0][0],
         "subtask": entry["subtask"],
         "length": entry["length"],
     }
-    if entry["family"] == "perplexity":
+    if entry["output_type"] == "loglikelihood_rolling":
         record["response"] = ""
         record["tokens"] = document["tokens"]  # the weight of this document in the perplexity
+    elif entry["output_type"] == "multiple_choice":
+        values = [value for ((value, _),) in logged["resps"][: len(document["choices"])]]
+        record["target"] = document["choices"][document["gold"]]
+        record["response"] = document["choices"][values.index(max(values))]
+        record["loglikelihoods"] = values
+    elif len(logged["resps"][0]) > 1:
+        record["responses"] = logged["resps"][0]
+    if answers := lm.answers.get((entry["name"], logged["doc_id"])):
+        record["new_tokens"] = sum(answer.new_tokens for answer in answers)
+        record["truncated"] = any(answer.truncated for answer in answers)
     return record
+
+
+def _described(entry: dict[str, Any], lm: HarnessModel) -> dict[str, Any]:
+    """What `evaluation.json` says about a task beside its scores."""
+    kept = ("metric", "higher_is_better", "family", "task", "subtask", "length")
+    found = {key: entry[key] for key in kept}
+    if entry["status"] == "missing":
+        return found | {"n": 0}
+    found["n"] = entry["samples"]
+    if entry["repeats"] > 1:
+        found["repeats"] = entry["repeats"]
+    answers = [
+        each for (task, _), few in lm.answers.items() if task == entry["name"] for each in few
+    ]
+    if answers:
+        found["truncation_rate"] = sum(answer.truncated for answer in answers) / len(answers)
+    return found
 
 
 def _tidy(results: dict[str, Any]) -> dict[str, Any]:
@@ -146,40 +179,68 @@ def evaluate(
 
     Writes `evaluation.json` and `samples.jsonl` into the folder `output`. The documents, their
     order and the batches depend on the tasks, the tokenizer and `batch_size` alone. `max_length` is
-    the longest prompt plus answer in tokens (default: that of the tasks). Raises `TruncationError`
-    when a prompt does not fit; nothing is ever cut.
+    the longest prompt plus answer in tokens (default: that of the tasks). In several processes
+    (torch.distributed, each with the model) they share the work, the first writes, and what it
+    writes is what one process would write. Raises `TruncationError` when a prompt does not fit;
+    nothing is ever cut.
     """
+    from rad.evaluation import sharing
+
+    with sharing.together():
+        with _offline():
+            found = _evaluate(model, tokenizer, tasks, run, batch_size, max_length, progress)
+        if found is not None:
+            evaluation, samples = found
+            lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            write_text(output / "samples.jsonl", lines)
+            write_json(output / "evaluation.json", evaluation)
+        shared: dict[str, Any] = sharing.exchange(found and found[0])[0]
+    return shared
+
+
+def _evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Path,
+    run: str,
+    batch_size: int,
+    max_length: int | None,
+    progress: bool,
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """(evaluation, samples) in the first process, None in the others."""
     started = time.monotonic()
     manifest = load_manifest(tasks)
+    loaded = load_tasks(tasks, manifest)
     limit = max_length or manifest["max_length"]
-    with _offline(progress):
-        import torch
-        from lm_eval import evaluate as run_tasks
-        from lm_eval.tasks import TaskManager
+    rows, total = cost.summary(manifest)
 
-        from rad.evaluation.bridge import HarnessModel
+    import torch
 
-        was_training = model.training
-        names = [entry["name"] for entry in manifest["tasks"]]
-        loaded = TaskManager(include_defaults=False).load(
-            [task_configuration(tasks, name) for name in names]
-        )
-        # `simple_evaluate` is this call plus several seconds of asking pip and git about the
-        # machine; what it would add and is of use is added below.
-        results = run_tasks(
-            lm=HarnessModel(model, tokenizer, batch_size, limit),
-            task_dict=loaded,
-            bootstrap_iters=_STANDARD_ERRORS,
-            log_samples=True,
-        )
+    from rad.evaluation import sharing
+    from rad.evaluation.bridge import HarnessModel
+
+    was_training = model.training
+    try:
+        with contextlib.ExitStack() as stack:
+            report = None
+            if progress and sharing.first():
+                print(cost.text(manifest), file=sys.stderr, flush=True)
+                bar = stack.enter_context(Progress("evaluation", total.prompts))
+                report = cost.Tracker(rows, bar).report
+            lm = HarnessModel(model, tokenizer, batch_size, limit, report)
+            if not sharing.first():
+                _answer(loaded, lm)
+                return None
+            results = _run(loaded, lm)
+    finally:
         model.train(was_training)
     logs = results["samples"]
+    ready = [entry for entry in manifest["tasks"] if entry["status"] == "ready"]
     samples = [
-        _sample(entry, logged)
-        for entry in manifest["tasks"]
+        _sample(entry, logged, lm)
+        for entry in ready
         for logged in sorted(logs[entry["name"]], key=lambda item: int(item["doc_id"]))
     ]
-    kept = ("metric", "higher_is_better", "family", "task", "subtask", "length")
     evaluation = _tidy(results)
     evaluation["config"] = {"model": type(model).__name__, "batch_size": batch_size, "limit": None}
     for package in ("lm_eval", "transformers", "torch"):
@@ -193,9 +254,13 @@ def evaluate(
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
-        "tasks": {entry["name"]: {key: entry[key] for key in kept} for entry in manifest["tasks"]},
+        "processes": sharing.count(),
+        "cost": {key: value for key, value in total._asdict().items() if key != "task"},
+        "tasks": {entry["name"]: _described(entry, lm) for entry in manifest["tasks"]},
+        "missing": {
+            entry["name"]: entry["reason"]
+            for entry in manifest["tasks"]
+            if entry["status"] == "missing"
+        },
     }
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    write_text(output / "samples.jsonl", lines)
-    write_json(output / "evaluation.json", evaluation)
-    return evaluation
+    return evaluation, samples

@@ -36,7 +36,7 @@ def build_probe(tasks: Path, samples: int) -> list[ProbeItem]:
     """
     path = tasks / "probe.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as error:
         raise ValueError(f"{path}: cannot read ({error.strerror})") from error
     items: list[ProbeItem] = []

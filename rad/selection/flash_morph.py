@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rad.data.nouns import NOUNS
 from rad.field_settings import FlashMorphSettings
 from rad.placement import Placement, Scores
 from rad.selection import recall_probes
 from rad.selection.base import SelectionContext, SelectionError, calibration_rows, ranked
 from rad.selection.layer_moves import all_linear, replaced
-from rad.selection.nouns import NOUNS
 from rad.selection.recall_probes import Answers, Question
 
 

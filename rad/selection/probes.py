@@ -88,7 +88,7 @@ class Probe:
 
 def dictionary(context: SelectionContext, settings: RetrievalAwareSettings) -> Probe:
     """`key:value` lines and a question for one key, in the paper's words."""
-    from rad.selection.nouns import NOUNS
+    from rad.data.nouns import NOUNS
 
     if settings.pairs == "auto":
         raise SelectionError("a dictionary needs a number of pairs; `auto` is chosen beforehand")

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rad.data.nouns import NOUNS
 from rad.selection.base import SelectionError
-from rad.selection.nouns import NOUNS
 
 ALIAS_SHARE, HOPS = 0.4, 2  # of AR-MH, as published
 SUMMED = 3  # keys whose values AR adds up, as published

@@ -1,4 +1,4 @@
-"""The fixed word list that dictionary probes draw their keys from: common English nouns."""
+"""A fixed list of common English nouns: keys of dictionaries in probes and tasks."""
 
 from __future__ import annotations
 

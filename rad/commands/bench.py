@@ -1,0 +1,155 @@
+"""Verbs that score any checkpoint without a study: `suites` and `bench`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rad.commands.options import DTYPE, OPTIONAL, Argument, Verb, as_json
+from rad.files import read_json, write_text
+
+
+def suites(args: argparse.Namespace) -> None:
+    """List the shipped suites, their tasks and where their data come from."""
+    from rad.evaluation.data import DATASETS, NEEDS, standard_file
+    from rad.evaluation.kinds import KINDS
+    from rad.task_settings import suite, suite_names
+
+    for name in suite_names():
+        print(name)
+        for task, options in suite(name).items():
+            kind = options["kind"]
+            places = []
+            for dataset in NEEDS.get(kind, ()):
+                place = DATASETS[dataset]
+                found = standard_file(dataset, Path("."), args.data)
+                hub = f"hub {place.hub}" if place.hub else "no hub"
+                places.append(f"{found or f'{args.data / place.file} (missing; {hub})'}")
+            source = "; ".join(places) or "made here"
+            print(f"  {task:22} {KINDS[kind].metrics[0]:14} {source}")
+
+
+def _settings(args: argparse.Namespace) -> Any:
+    from rad.settings import EvaluationSettings
+
+    return EvaluationSettings.model_validate(
+        {
+            "suites": args.suite,
+            "tasks": args.tasks or {},
+            "data": str(args.data),
+            "offline": args.offline,
+            "samples": args.samples,
+            "batch_size": args.batch_size,
+            "max_length": args.max_length,
+            "chat_template": str(args.chat_template) if args.chat_template else None,
+            "probe_samples": 0,
+        }
+    )
+
+
+def _built(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
+    """The manifest of the tasks; those that an earlier call built for the same settings are kept."""
+    from rad.evaluation.build import build_tasks
+    from rad.evaluation.data import input_files
+    from rad.files import digest, file_digest
+    from rad.models.sources import resolve
+
+    tokenizer = str(resolve(args.model))
+    folder, file = args.output / "tasks", Path(tokenizer) / "tokenizer.json"
+    made_of = {
+        "settings": digest(settings.model_dump(mode="json")),
+        "tokenizer": file_digest(file) if file.is_file() else tokenizer,
+        "files": {name: file_digest(Path(name)) for name in input_files(settings)},
+    }
+    stamp = folder / "made_of.json"
+    if stamp.is_file() and read_json(stamp) == made_of:
+        return dict(read_json(folder / "manifest.json"))
+    manifest = build_tasks(settings, tokenizer, folder)
+    write_text(stamp, json.dumps(made_of, indent=2) + "\n")
+    return manifest
+
+
+def _table(evaluation: dict[str, Any], samples: Path) -> str:
+    """Every metric with its 95 % interval and number of documents, missing data named."""
+    from rad.reporting.statistics import mean_estimate
+
+    values: dict[tuple[str, str], list[float]] = {}
+    for line in samples.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        for metric, value in row["metrics"].items():
+            values.setdefault((row["task"], metric), []).append(float(value))
+    lines = [f"{'task':<26} {'metric':<16} {'value':>8} {'95 % interval':>19} {'n':>6}"]
+    order = {
+        name: [entry["metric"], *entry["metrics"]]
+        for name, entry in evaluation["rad"]["tasks"].items()
+    }
+    for task, metric in sorted(
+        values, key=lambda key: (list(order).index(key[0]), order[key[0]].index(key[1]))
+    ):
+        column = values[task, metric]
+        found = mean_estimate([column])
+        interval = f"[{found.low:.4f}, {found.high:.4f}]"
+        lines.append(f"{task:<26} {metric:<16} {found.value:>8.4f} {interval:>19} {found.n:>6}")
+    for task, reason in evaluation["rad"]["missing"].items():
+        lines.append(f"{task:<26} missing data   {reason}")
+    return "\n".join(lines)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Score a checkpoint on suites; start it with torchrun to share the work."""
+    from rad.distillation import parallel
+    from rad.evaluation import cost
+
+    settings = _settings(args)
+    if args.dry_run:
+        print(cost.text(_built(args, settings)))
+        return
+    from rad.evaluation.harness import evaluate
+    from rad.models import sources
+
+    with parallel.processes(args.device) as device:
+        parallel.from_first(lambda: _built(args, settings))
+        model = sources.load(args.model, revision=args.revision, dtype=args.dtype).to(device)
+        tokenizer = sources.load_tokenizer(args.model, revision=args.revision)
+        found = evaluate(
+            model,
+            tokenizer,
+            args.output / "tasks",
+            run=args.run or Path(args.model).name,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            output=args.output,
+        )
+        if parallel.first():
+            print(_table(found, args.output / "samples.jsonl"))
+
+
+_DATA: Argument = (
+    "--data",
+    {"type": Path, "default": Path("data"), "help": "folder with data files (default: data)"},
+)
+VERBS: dict[str, Verb] = {
+    "suites": (suites, [_DATA]),
+    "bench": (
+        bench,
+        [
+            ("model", {"help": "checkpoint folder, nano:<size> or hub id"}),
+            ("--suite", {"nargs": "*", "default": [], "help": "names of suites (`rad suites`)"}),
+            ("--tasks", {"type": as_json, "default": None, "help": "tasks as in a study, JSON"}),
+            ("--output", {"type": Path, "required": True, "help": "folder of the results"}),
+            _DATA,
+            ("--revision", {"default": None, "help": "hub revision of the model"}),
+            DTYPE,
+            ("--device", {"default": "cpu", "help": "cpu or cuda"}),
+            ("--samples", {"type": int, "default": None, "help": "at most so many documents each"}),
+            ("--batch-size", {"type": int, "default": 32, "help": "prompts per batch"}),
+            ("--max-length", {"type": int, "default": None, "help": "longest prompt + answer"}),
+            ("--chat-template", {**OPTIONAL, "help": "file; default: the tokenizer's"}),
+            ("--offline", {"action": "store_true", "help": "never ask the hub for data"}),
+            ("--run", {"default": None, "help": "name in the results; default: the folder's"}),
+            ("--dry-run", {"action": "store_true", "help": "build the tasks, print their cost"}),
+        ],
+    ),
+}

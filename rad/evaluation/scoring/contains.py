@@ -1,0 +1,44 @@
+"""Retrieval: which of the wanted strings a response contains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def string_match(references: Sequence[str], response: str) -> float:
+    """Share of the references contained in the response, ignoring case.
+
+    Source: RULER `string_match_all`, with its clean-up of control characters.
+    """
+    text = re.sub(r"[\x00-\x1f]", "\n", response).strip().lower()
+    return sum(reference.lower() in text for reference in references) / len(references)
+
+
+def ruler_scores(references: Sequence[str], target: str, response: str) -> dict[str, float]:
+    """`string_match` (share of references found) and `exact_match` (the whole answer)."""
+    return {
+        "string_match": string_match(references, response),
+        "exact_match": float(response.strip() == target.strip()),
+    }
+
+
+def ruler_results(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval `process_results` of the retrieval tasks."""
+    return ruler_scores(document["references"], document["target"], results[0])
+
+
+def recall_results(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """lm-eval `process_results` of recall tasks.
+
+    `contains`: any reference occurs in the answer, ignoring case. `exact_match`: the answer's first
+    line is a reference, but for case and a final dot; a number within another one does not count.
+    """
+    response = results[0].strip()
+    line = response.splitlines()[0].strip().removesuffix(".").lower() if response else ""
+    references = [str(reference).lower() for reference in document["references"]]
+    return {
+        "contains": float(any(reference in response.lower() for reference in references)),
+        "exact_match": float(line in [reference.removesuffix(".") for reference in references]),
+    }

@@ -89,6 +89,11 @@ class Study(Settings):
     name: str = Field(description="results go to `results/<name>/`")
     variant: str | None = Field(None, description="set by overlays: `results/<name>-<variant>/`")
     title: str = Field("", description="heading of the report")
+    offline: bool = Field(
+        False,
+        description="never ask the hub, for models or data: folders and the local cache alone, as "
+        "the variable HF_HUB_OFFLINE=1 does",
+    )
     models: dict[str, ModelSettings] = Field(description="name -> checkpoint")
     corpora: dict[str, CorpusSettings] = Field(description="name -> token corpus")
     corpus: str = Field("distil", description="corpus that runs are distilled on")

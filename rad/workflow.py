@@ -24,6 +24,11 @@ def use_own_environment() -> None:
     os.environ["PATH"] = os.pathsep.join([folder, os.environ["PATH"]])
 
 
+def go_offline() -> None:
+    """Let no job ask the hub for models or data."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 class Helpers:
     """The study seen from the workflow."""
 

@@ -36,11 +36,30 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check a study before any work: names, budgets, models, files."""
+    """Check a study before any work: names, budgets, models, files; say where models come from."""
+    from rad.models.hub import find
+    from rad.models.sources import resolve
     from rad.preflight import check as preflight
+    from rad.study import StudyError
+    from rad.workflow import go_offline
 
     study = _study(args.config)
+    if study.offline or args.offline:
+        go_offline()
     preflight(study)
+    faults = []
+    for name, settings in study.models.items():
+        try:
+            found = find(str(resolve(settings.source)), settings.revision)
+        except ValueError as error:
+            faults.append(f"models.{name}: {error}")
+            continue
+        licence = found.licence or "not stated"
+        commit = found.commit or "no revision known"
+        gated = ", gated" if found.gated else ""
+        print(f"{name}: {settings.source} ({found.where}, {commit}), licence: {licence}{gated}")
+    if faults:
+        raise StudyError("; ".join(faults))
     print(f"{study.folder}: {len(study.run_table)} runs, no fault found")
 
 
@@ -209,7 +228,10 @@ def teacher_outputs(args: argparse.Namespace) -> None:
 
 VERBS: dict[str, Verb] = {
     "plan": (plan, [CONFIG]),
-    "check": (check, [CONFIG]),
+    "check": (
+        check,
+        [CONFIG, ("--offline", {"action": "store_true", "help": "do not ask the hub"})],
+    ),
     "schema": (schema, [("--schema", PATH), ("--table", PATH)]),
     "model": (model, [("--name", {"required": True}), ("--settings", JSON), ("--output", PATH)]),
     "pretrain": (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rad.files import digest, file_digest, read_json
+from rad.models.hub import HubError, find
 
 NANO_SIZES = ("base", "medium", "large")
 # keys that the configuration of a decoder with q/k/v/o attention has
@@ -57,6 +58,10 @@ def describe(
     path = resolve(source)
     if not isinstance(path, Path) and not hub:
         return None
+    try:
+        found = find(str(path), settings.get("revision"))
+    except HubError as error:
+        raise ModelError(str(error)) from error
     if isinstance(path, Path):
         config = read_json(path / "config.json")
         shards = sorted(path.glob("*.safetensors"))
@@ -76,7 +81,7 @@ def describe(
         except OSError as error:
             raise unreachable(source, settings["revision"]) from error
         vocabulary = digest(vocab)
-        weights_digest = f"{path}@{settings['revision'] or 'main'}"
+        weights_digest = f"{path}@{found.commit}"
     family = config.get("model_type")
     absent = [key for key in SHAPE_KEYS if key not in config]
     if absent:
@@ -107,6 +112,7 @@ def describe(
         "max_position_embeddings": config.get("max_position_embeddings"),
         "weights_sha256": weights_digest,
         "tokenizer_sha256": vocabulary,
+        **found.record(),
     }
 
 

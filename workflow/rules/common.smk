@@ -5,7 +5,7 @@ from snakemake.exceptions import WorkflowError
 from rad.preflight import check
 from rad.settings import SELECTOR_SETTINGS
 from rad.study import Study, StudyError
-from rad.workflow import Helpers, use_own_environment
+from rad.workflow import Helpers, go_offline, use_own_environment
 
 use_own_environment()
 
@@ -18,6 +18,8 @@ try:
         config,
         external_selectors={Path(path).stem for path in SELECTION_RULES} - set(SELECTOR_SETTINGS),
     )
+    if STUDY.offline:
+        go_offline()
     check(STUDY)
 except StudyError as error:
     raise WorkflowError(str(error)) from None

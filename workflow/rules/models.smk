@@ -4,6 +4,8 @@ rule model:
     log:
         "<logs>/model/{model}.log",
     localrule: True
+    # before anything else: a model that is gated, missing or of another revision says so at once
+    priority: 100
     params:
         settings=HELPERS.model,
     shell:

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from rad import settings as leaves
 from rad.placement import Budget
-from rad.study import GridEntry, Study
+from rad.study import GridEntry, ReportSettings, Study
 
 
 def _by_class(registry: Mapping[str, type[Any]]) -> dict[type[Any], list[str]]:
@@ -58,6 +58,7 @@ SECTIONS: list[tuple[str, str, type[BaseModel]]] = [
         for kind, names in _by_class(leaves.TASK_SETTINGS).items()
     ),
     ("evaluation.efficiency", "Efficiency probes", leaves.EfficiencySettings),
+    ("report", "The report", ReportSettings),
 ]
 
 INTRODUCTION = """\

@@ -83,6 +83,14 @@ class Run(Settings):
     label: str | None = None
 
 
+class ReportSettings(Settings):
+    """How the report compares."""
+
+    reference: str = Field(
+        "uniform", description="selector, or method, that every other one is compared with"
+    )
+
+
 class Study(Settings):
     """The whole configuration of a study."""
 
@@ -110,6 +118,7 @@ class Study(Settings):
     grid: list[GridEntry] = Field(description="what is compared")
     references: list[str] = Field(default_factory=list, description="models scored as they are")
     evaluation: EvaluationSettings = Field(description="tasks and efficiency probes")
+    report: ReportSettings = Field(default_factory=ReportSettings)
     external_selectors: list[str] = Field(
         default_factory=list,
         description="filled by the workflow: methods that exist as a rule file only",
@@ -140,6 +149,12 @@ class Study(Settings):
             need("models", name, "teacher_outputs")
         for name in self.references:
             need("models", name, "references")
+        methods = {settings.method for settings in self.selector_settings.values()}  # type: ignore[attr-defined]
+        if self.report.reference not in {"uniform", *self.selectors, *methods}:
+            raise ValueError(
+                f"report.reference: no selector {self.report.reference!r}; "
+                f"known: {_join(self.selectors)}"
+            )
         for name, selector in self.selector_settings.items():
             needs = needs_of(selector)
             mixer = getattr(selector, "mixer", None)

@@ -264,7 +264,11 @@ def test_equal_bytes_are_different_numbers_of_heads(results: Results) -> None:
     assert cost["retrieval_aware", "b1024"] == (4, 1024)
     assert cost["retrieval_aware", "l2"] == (8, 2048)
     panel = all_tables(results)["controlled"].panels[1]
-    assert [entry.text for entry in panel.rows[-1][:3]] == ["retrieval_aware", "4/32", "1 KiB"]
+    assert [entry.text for entry in panel.rows[-1][:3]] == [
+        "retrieval_aware",
+        "12.5 % (4/32)",
+        "1 KiB",
+    ]
 
 
 # --- many selectors -------------------------------------------------------------------------

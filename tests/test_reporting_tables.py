@@ -47,6 +47,11 @@ def results(study: Study, tree: Path) -> Results:
     return collect(study, tree)
 
 
+@pytest.fixture(scope="module")
+def tables(results: Results) -> dict[str, Table]:
+    return all_tables(results)
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
@@ -154,8 +159,10 @@ def test_placements_are_written_compactly(results: Results) -> None:
 # --- tables ---------------------------------------------------------------------------------
 
 
-def test_controlled_values_are_means_of_documents(results: Results) -> None:
-    table = all_tables(results)["controlled"]
+def test_controlled_values_are_means_of_documents(
+    results: Results, tables: dict[str, Table]
+) -> None:
+    table = tables["controlled"]
     assert {record["view"] for record in table.records} == {"controlled"}
     assert len(table.records) == 4 * 3 * 2
     record = next(
@@ -177,15 +184,19 @@ def test_controlled_values_are_means_of_documents(results: Results) -> None:
     }
     assert record["value"] == pytest.approx(means[run])
     assert record["low"] < record["value"] < record["high"]
-    assert record["difference_to_uniform"] == pytest.approx(means[run] - means[other])
+    assert record["difference"] == pytest.approx(means[run] - means[other])
     uniform = [record for record in table.records if record["selector"] == "uniform"]
-    assert all(record["difference_to_uniform"] is None for record in uniform)
+    assert all(record["difference"] is None for record in uniform)
 
 
-def test_the_best_of_each_column_is_bold(results: Results) -> None:
-    table = all_tables(results)["controlled"]
+def test_the_best_of_each_column_is_bold(results: Results, tables: dict[str, Table]) -> None:
+    table = tables["controlled"]
     panel = table.panels[0]
-    assert [column.title for column in panel.columns[:3]] == ["selector", "heads", "KV/token"]
+    assert [column.title for column in panel.columns[:3]] == [
+        "selector",
+        "softmax heads",
+        "KV/token",
+    ]
     for column in range(3, len(panel.columns)):
         entries = [row[column] for row in panel.rows]
         highest = max(float(entry.text) for entry in entries)
@@ -194,8 +205,7 @@ def test_the_best_of_each_column_is_bold(results: Results) -> None:
         ]
 
 
-def test_views_are_not_mixed(results: Results, study: Study) -> None:
-    tables = all_tables(results)
+def test_views_are_not_mixed(results: Results, study: Study, tables: dict[str, Table]) -> None:
     views_of = {
         name: {record["view"] for record in tables[name].records}
         for name in ("controlled", "tasks", "teachers", "faithful")
@@ -210,28 +220,29 @@ def test_views_are_not_mixed(results: Results, study: Study) -> None:
             assert titles <= faithful or not titles & faithful, name
 
 
-def test_teachers_compare_with_self(results: Results) -> None:
-    records = all_tables(results)["teachers"].records
+def test_teachers_compare_with_self(results: Results, tables: dict[str, Table]) -> None:
+    records = tables["teachers"].records
     for record in records:
-        assert (record["difference_to_self"] is None) == (record["teacher"] == "self")
+        assert (record["difference"] is None) == (record["teacher"] == "self")
 
 
 def test_tidy_scores_follow_the_contract(results: Results, study: Study, tmp_path: Path) -> None:
     write_tables(results, tmp_path)
     rows = rows_of(tmp_path / "scores.csv")
     contract = """run view base selector budget mixer initialisation recipe teacher seed task
-        family metric value low high n difference_to_uniform difference_low difference_high"""
+        family metric value low high n reference difference difference_low difference_high p
+        missing"""
     assert list(rows[0]) == contract.split()
     assert len(rows) == (sum(len(run.views) for run in study.run_table.values()) + 3) * 9
     assert {row["view"] for row in rows} == {"controlled", "faithful", "reference"}
-    with_difference = {row["selector"] for row in rows if row["difference_to_uniform"]}
+    with_difference = {row["selector"] for row in rows if row["difference"]}
     assert with_difference == {"rad", "kl_guided", "retrieval_aware"}
     families_rows = rows_of(tmp_path / "families.csv")
     assert {row["task"] for row in families_rows} == {"gsm_nano", "mean"}
 
 
-def test_selection_table_is_golden(results: Results) -> None:
-    text = markdown_text(all_tables(results)["selection"])
+def test_selection_table_is_golden(results: Results, tables: dict[str, Table]) -> None:
+    text = markdown_text(tables["selection"])
     assert (
         "| base | kl\\_guided | 25 % of heads | L3-L4: all | 8 of 32 | 4 | 1 KiB | 480k | 320k "
         "| 1.77 T | 81.2 s | 470 |" in text
@@ -268,9 +279,9 @@ def test_seeds_are_pooled(tmp_path: Path) -> None:
     study = nano_study(evaluation=small_tasks(), grid=grid, references=[])
     tables = tables_of(study, tmp_path)
     names = {"controlled", "tasks", "teachers", "selection", "heldout", "efficiency"}
-    assert set(tables) == names | {"convergence"}
+    assert set(tables) == names | {"convergence", "controls", "ruler"}
     assert {record["seeds"] for record in tables["controlled"].records} == {3}
-    assert "3 seeds" in tables["controlled"].caption
+    assert "3 seeds: the interval covers documents and seeds" in tables["controlled"].caption
     assert all(record["n"] in (40, 120) for record in tables["controlled"].records)
 
 
@@ -324,5 +335,5 @@ def test_perplexity_is_the_exponential_and_lower_wins(tmp_path: Path) -> None:
 def test_a_study_without_runs_or_controlled_view(tmp_path: Path) -> None:
     study = nano_study(evaluation=small_tasks(), grid=[], references=["base"])
     tables = tables_of(study, tmp_path)
-    assert set(tables) == {"references", "efficiency"}
+    assert set(tables) == {"references", "controls", "ruler", "efficiency"}
     assert outputs(study)["figures"] == []

@@ -6,28 +6,15 @@ were scored on the same documents, which paired differences rely on.
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rad.files import read_json
 from rad.placement import Placement
+from rad.reporting.records import json_object, number, optional, records, value_of
+from rad.reporting.samples import Samples, Task, missing_tasks, read_samples
 from rad.study import Run, Study, training_digest
-
-PERPLEXITY = "perplexity"
-
-
-@dataclass(frozen=True)
-class Task:
-    """A scored task as the evaluation expanded it."""
-
-    name: str
-    family: str
-    metric: str
-    higher_is_better: bool
 
 
 @dataclass(frozen=True)
@@ -72,15 +59,29 @@ class RunResult:
 
     id: str
     run: Run | None  # None for a reference model
-    tasks: Mapping[str, Task]
-    scores: Mapping[str, Mapping[int, float]]  # task -> document -> score
-    weights: Mapping[str, Mapping[int, float]]  # tokens of documents, for tasks that have them
+    samples: Samples
+    missing: Mapping[str, Task]  # tasks without data, which no model was scored on
     efficiency: Efficiency
     evaluation: Mapping[str, Any]  # the key `rad` of evaluation.json
     lm_eval: Mapping[str, Any] = field(default_factory=dict)  # what lm-eval says about itself
     placement: Placement | None = None
     curve: tuple[CurvePoint, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> Mapping[str, Task]:
+        """The tasks that were scored."""
+        return self.samples.tasks
+
+    @property
+    def scores(self) -> Mapping[str, Mapping[int, float]]:
+        """Task -> document -> score."""
+        return self.samples.scores
+
+    @property
+    def weights(self) -> Mapping[str, Mapping[int, float]]:
+        """Tokens of documents, for tasks that have them."""
+        return self.samples.weights
 
 
 @dataclass(frozen=True)
@@ -116,67 +117,28 @@ class Results:
             return dict(result.tasks)
         return {}
 
-
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`file:line` and record of each line of a JSON Lines file."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{number}: not JSON ({error})") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{path}:{number}: expected an object")
-                yield f"{path}:{number}", record
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text") from error
-
-
-def _object(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected an object")
-    return content
-
-
-def _value(record: Mapping[str, Any], key: str, where: str | Path) -> Any:
-    if key not in record:
-        raise ValueError(f"{where}: key {key!r} is missing")
-    return record[key]
-
-
-def _number(record: Mapping[str, Any], key: str, where: str | Path) -> float:
-    value = _value(record, key, where)
-    if isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError(f"{where}: {key} is {value!r}, expected a number")
-    return float(value)
-
-
-def _optional(record: Mapping[str, Any], key: str, where: str | Path) -> float | None:
-    return None if record.get(key) is None else _number(record, key, where)
+    @property
+    def missing(self) -> dict[str, Task]:
+        """Tasks of the study that have no data, the same for every model."""
+        for result in self.everything:
+            return dict(result.missing)
+        return {}
 
 
 def read_curve(path: Path) -> tuple[CurvePoint, ...]:
     """The logged points of a `curve.jsonl`, by tokens."""
     points = []
-    for where, record in _records(path):
+    for where, record in records(path):
         probe = record.get("probe") or {}
         if not isinstance(probe, dict):
             raise ValueError(f"{where}: probe is not an object")
         points.append(
             CurvePoint(
-                step=int(_number(record, "step", where)),
-                tokens=int(_number(record, "tokens", where)),
-                held_out_kl=_optional(record, "held_out_kl", where),
-                probe={name: _number(probe, name, where) for name in probe},
-                agreement=_optional(record, "held_out_agreement", where),
+                step=int(number(record, "step", where)),
+                tokens=int(number(record, "tokens", where)),
+                held_out_kl=optional(record, "held_out_kl", where),
+                probe={name: number(probe, name, where) for name in probe},
+                agreement=optional(record, "held_out_agreement", where),
                 probe_documents=_answers(record, where),
             )
         )
@@ -194,66 +156,23 @@ def _answers(record: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]
     return {name: tuple(map(int, text)) for name, text in kept.items()}
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The content of a `samples.jsonl` that is not text; scores and weights by task, document."""
-
-    tasks: dict[str, Task]
-    scores: dict[str, dict[int, float]]
-    weights: dict[str, dict[int, float]]
-
-
-def read_samples(path: Path, described: Mapping[str, Any]) -> Samples:
-    """Per-document scores of a `samples.jsonl`.
-
-    `described` is `tasks` of the evaluation, which knows the direction of each metric.
-    """
-    tasks: dict[str, Task] = {}
-    scores: dict[str, dict[int, float]] = {}
-    weights: dict[str, dict[int, float]] = {}
-    for where, record in _records(path):
-        name = str(_value(record, "task", where))
-        if name not in tasks:
-            family = str(_value(record, "family", where))
-            entry = described.get(name, {})
-            tasks[name] = Task(
-                name=name,
-                family=family,
-                metric=str(_value(record, "metric", where)),
-                higher_is_better=bool(entry.get("higher_is_better", family != PERPLEXITY)),
-            )
-        document = int(_number(record, "doc_id", where))
-        if document in scores.setdefault(name, {}):
-            raise ValueError(f"{where}: document {document} of {name} appears twice")
-        scores[name][document] = _number(record, "score", where)
-        tokens = _optional(record, "tokens", where)
-        if tokens is not None:
-            weights.setdefault(name, {})[document] = tokens
-    if not tasks:
-        raise ValueError(f"{path}: no documents")
-    for name, own in weights.items():
-        if own.keys() != scores[name].keys():
-            raise ValueError(f"{path}: some documents of {name} lack the key 'tokens'")
-    return Samples(tasks, scores, weights)
-
-
 def read_efficiency(path: Path) -> Efficiency:
     """The sizes and speeds of an `efficiency.json`."""
-    content = _object(path)
+    content = json_object(path)
     points = [
         EfficiencyPoint(
-            context=int(_number(point, "context", path)),
-            cache_bytes=_number(point, "cache_bytes", path),
-            prefill_seconds=_optional(point, "prefill_seconds", path),
-            decode_tokens_per_second=_optional(point, "decode_tokens_per_second", path),
+            context=int(number(point, "context", path)),
+            cache_bytes=number(point, "cache_bytes", path),
+            prefill_seconds=optional(point, "prefill_seconds", path),
+            decode_tokens_per_second=optional(point, "decode_tokens_per_second", path),
         )
-        for point in _value(content, "points", path)
+        for point in value_of(content, "points", path)
     ]
     return Efficiency(
-        parameters=int(_number(content, "parameters", path)),
-        kv_bytes_per_token=_number(content, "kv_bytes_per_token", path),
-        state_bytes=_number(content, "state_bytes", path),
-        flops_per_token=_optional(content, "flops_per_token", path),
+        parameters=int(number(content, "parameters", path)),
+        kv_bytes_per_token=number(content, "kv_bytes_per_token", path),
+        state_bytes=number(content, "state_bytes", path),
+        flops_per_token=optional(content, "flops_per_token", path),
         points=tuple(sorted(points, key=lambda point: point.context)),
     )
 
@@ -261,17 +180,19 @@ def read_efficiency(path: Path) -> Efficiency:
 def _scored(folder: Path, run: Run | None, **fields: Any) -> RunResult:
     """The files that runs and reference models share, plus `fields`."""
     path = folder / "evaluation.json"
-    evaluation = _object(path)
-    described = _value(evaluation, "rad", path)
-    samples = read_samples(folder / "samples.jsonl", described.get("tasks", {}))
+    evaluation = json_object(path)
+    described = value_of(evaluation, "rad", path)
+    missing = missing_tasks(evaluation, path)
+    samples = read_samples(
+        folder / "samples.jsonl", described.get("tasks", {}), may_be_empty=bool(missing)
+    )
     # lm-eval repeats every prompt in its samples; only what it says about itself is kept
     about = {key: value for key, value in evaluation.items() if isinstance(value, str)}
     return RunResult(
         id=folder.name,
         run=run,
-        tasks=samples.tasks,
-        scores=samples.scores,
-        weights=samples.weights,
+        samples=samples,
+        missing=missing,
         efficiency=read_efficiency(folder / "efficiency.json"),
         evaluation=described,
         lm_eval=about,
@@ -281,7 +202,7 @@ def _scored(folder: Path, run: Run | None, **fields: Any) -> RunResult:
 
 def read_run(study: Study, folder: Path, run: Run) -> RunResult:
     """A run of the grid; raises `ValueError` when it was made from another configuration."""
-    spec = _object(folder / "spec.json")
+    spec = json_object(folder / "spec.json")
     if training_digest(spec) != study.spec_digest(run.id):
         raise ValueError(
             f"{folder / 'spec.json'}: this run was made from another configuration; "
@@ -299,7 +220,7 @@ def read_run(study: Study, folder: Path, run: Run) -> RunResult:
         run,
         placement=placement,
         curve=read_curve(path) if has_curve else (),
-        training=_object(folder / "training.json"),
+        training=json_object(folder / "training.json"),
     )
 
 
@@ -309,8 +230,8 @@ def read_stages(folder: Path) -> tuple[StageTime, ...]:
     for stage in sorted(path for path in folder.glob("*") if path.is_dir()):
         seconds, memory = [], []
         for path in sorted(stage.rglob("*.jsonl")):
-            for where, record in _records(path):
-                seconds.append(_number(record, "s", where))
+            for where, record in records(path):
+                seconds.append(number(record, "s", where))
                 # jobs shorter than the sampling interval have no memory record
                 if isinstance(record.get("max_rss"), int | float):
                     memory.append(float(record["max_rss"]))
@@ -335,6 +256,12 @@ def _same_documents(results: list[RunResult], root: Path) -> None:
         if result.scores.keys() != first.scores.keys():
             odd = sorted(result.scores.keys() ^ first.scores.keys())
             raise ValueError(f"{path}: task {odd[0]} is not scored in this run and in {first.id}")
+        if result.missing.keys() != first.missing.keys():
+            odd = sorted(result.missing.keys() ^ first.missing.keys())
+            raise ValueError(
+                f"{path.with_name('evaluation.json')}: task {odd[0]} has no data in this run or in "
+                f"{first.id}, not in both; evaluate again"
+            )
         for task, documents in result.scores.items():
             if documents.keys() != first.scores[task].keys():
                 raise ValueError(f"{path}: documents of {task} differ from those of {first.id}")

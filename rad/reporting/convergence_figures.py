@@ -12,11 +12,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 
 from rad.reporting.collect import CurvePoint, Results, RunResult
 from rad.reporting.figures import log_axis, panel_grid, selector_legend
 from rad.reporting.plan import Block, cells, races, row_titles, trained
 from rad.reporting.scores import final_kl, members, probed_tasks
+from rad.reporting.statistics import wilson
 from rad.reporting.style import MUTED, Mark, marks, panel_title
 from rad.reporting.writers import count
 
@@ -82,7 +84,7 @@ def _token_axis(axes: Axes) -> None:
 
 
 def _goal(axes: Axes, results: Results, block: Block, teacher: str) -> None:
-    """A dotted line at the KL that uniform ends with, where others race against it."""
+    """A dotted line at the KL that the reference ends with, where others race against it."""
     for race in races(results.study):
         if race.block == block and race.teacher == teacher:
             value = final_kl(members(results, race.baseline))
@@ -140,6 +142,7 @@ def convergence_probe(results: Results, block: Block) -> Figure:
     With a single teacher tasks stand side by side instead.
     """
     chosen, names = marks(results.study), probed_tasks(results, block.cells) or [""]
+    samples = results.study.evaluation.probe_samples
     wanted = [(name, teacher) for name in names for teacher in block.teachers]
     alone = len(block.teachers) == 1
     columns = min(3, len(names)) if alone else len(block.teachers)
@@ -158,16 +161,25 @@ def convergence_probe(results: Results, block: Block) -> Figure:
                 group = members(results, cell)
                 _draw_series(axes, group, _probe_value(name), chosen[cell.selector])
         note_if_empty(axes, "no probe scores were logged")
+        _resolution(axes, samples)
         axes.set_ylim(-4, 104)
         axes.set_yticks([0, 25, 50, 75, 100])
         _token_axis(axes)
         if index % columns == 0:
-            axes.set_ylabel("right answers (%)" if alone else f"{name}\nright answers (%)")
+            answers = f"right answers (%), n = {samples}"
+            axes.set_ylabel(answers if alone else f"{name}\n{answers}")
         if index + columns >= len(wanted):
             axes.set_xlabel("distillation tokens")
             axes.tick_params(axis="x", labelbottom=True)
     selector_legend(figure, block.selectors, chosen)
     return figure
+
+
+def _resolution(axes: Axes, documents: int) -> None:
+    """A bar as long as the 95 % interval of a score of 50 % of so many documents."""
+    low, high = wilson(documents / 2, documents)
+    place = blended_transform_factory(axes.transAxes, axes.transData)
+    axes.plot([1.0] * 2, [100 * low, 100 * high], color=MUTED, lw=3.0, alpha=0.45, transform=place)
 
 
 def _probe_value(name: str) -> Value:

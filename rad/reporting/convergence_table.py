@@ -16,7 +16,7 @@ import numpy as np
 from rad.reporting.collect import CurvePoint, Results, RunResult
 from rad.reporting.crossing import NEVER, START, Curve, Reached, reached
 from rad.reporting.describe import CELL_FIELDS, block_title, cell_record
-from rad.reporting.plan import Cell, Race, races
+from rad.reporting.plan import Cell, Race, races, reference_name
 from rad.reporting.scores import members, probed_tasks
 from rad.reporting.writers import MISSING, Column, Entry, Panel, Table, count, significant
 
@@ -24,7 +24,7 @@ UNTRAINED = "before training"  # the first logged point is usually at no tokens
 TOO_EARLY = "before the first point"
 INTERVALS = {
     "documents": "95 % bootstrap over the documents of the probe, the same ones for both curves",
-    "seeds": "the range over seeds, each against uniform of its own seed",
+    "seeds": "the range over seeds, each against the reference of its own seed",
     "points": "the two logged points around the crossing (for the ratio: what both brackets "
     "allow), which is the resolution of the curve and says nothing of documents or seeds",
 }
@@ -139,6 +139,7 @@ def _record(cell: Cell, quantity: Quantity, found: Reached, start: str) -> dict[
     spread = _spread(found)
     return {
         **cell_record(cell),
+        "seeds": len(cell.seeds),
         "quantity": quantity.name,
         "target": found.target,
         "reached": "at tokens" if found.counts else _token_text(span.value, start),
@@ -181,13 +182,13 @@ def _panel(results: Results, race: Race) -> tuple[Panel, list[dict[str, Any]]]:
     return Panel(title, tuple(columns), tuple(map(tuple, rows.values()))), records
 
 
-def _caption(records: Sequence[dict[str, Any]], samples: int) -> str:
+def _caption(records: Sequence[dict[str, Any]], samples: int, reference: str) -> str:
     text = (
-        "Distillation tokens at which a selector first has what uniform with the same teacher "
-        "ends with (the heading names the value), and uniform's tokens over its own: 2× is half "
-        "the tokens. Between logged points held-out KL is interpolated in its logarithm, scores "
-        "linearly. Nothing is extrapolated: “never” is not within the run, “before …” has "
-        "it at the first logged point already; neither has a ratio. Where uniform itself has its "
+        f"Distillation tokens at which a selector first has what {reference} with the same teacher "
+        f"ends with (the heading names the value), and {reference}'s tokens over its own: 2× is "
+        "half the tokens. Between logged points held-out KL is interpolated in its logarithm, "
+        "scores linearly. Nothing is extrapolated: “never” is not within the run, “before …” has "
+        f"it at the first logged point already; neither has a ratio. Where {reference} has its "
         "final value at the first point there is nothing to reach, and no column (the CSV has all)."
     )
     kinds: dict[str, dict[str, None]] = {}
@@ -213,7 +214,7 @@ def convergence(results: Results) -> Table:
     return Table(
         "convergence",
         "Tokens to reach the baseline",
-        _caption(records, results.study.evaluation.probe_samples),
+        _caption(records, results.study.evaluation.probe_samples, reference_name(results.study)),
         tuple(panels),
         (
             *("view", *CELL_FIELDS, "seeds", "quantity", "target", "reached"),

@@ -9,7 +9,7 @@ import numpy as np
 from rad.reporting.collect import Results, RunResult
 from rad.reporting.describe import CELL_FIELDS, budget_text, cell_record
 from rad.reporting.plan import Cell, cells, row_titles, views
-from rad.reporting.scores import final_kl, members, training_number, training_speed
+from rad.reporting.scores import final_kls, members, training_number, training_speed
 from rad.reporting.writers import (
     Column,
     Entry,
@@ -109,13 +109,16 @@ def heldout(results: Results) -> Table:
     panels, records = [], []
     for view in views(results.study):
         everything = cells(results.study, view)
-        finals = {cell: final_kl(members(results, cell)) for cell in everything}
+        finals = {cell: final_kls(members(results, cell)) for cell in everything}
         rows = []
         for cell in everything:
             group = members(results, cell)
+            last = finals[cell]
+            mean = float(np.mean(last)) if last else None
+            sd = float(np.std(last, ddof=1)) if len(last) > 1 else None
             record = {
                 **cell_record(cell),
-                "held_out_kl": finals[cell],
+                **{"seeds": len(cell.seeds), "held_out_kl": mean, "held_out_kl_sd": sd},
                 "tokens": training_number(group, "tokens"),
                 # of whole runs: a curve's own are of the interval before each point
                 "tokens_per_second": training_speed(group),
@@ -128,22 +131,23 @@ def heldout(results: Results) -> Table:
             rows.append(
                 (
                     *map(Entry, about),
-                    Entry(plain(finals[cell], 4)),
+                    Entry(plain(mean, 4), spread="" if sd is None else f"sd {plain(sd, 4)}"),
                     *(Entry(count(record["tokens"])), Entry(count(record["tokens_per_second"]))),
                     Entry(duration(record["seconds"])),
                     *(Entry(size(memory and memory * 2**20)), Entry(str(len(cell.seeds)))),
                 )
             )
         panels.append(Panel(f"{view} view", tuple(columns), tuple(rows)))
+    held_out = results.study.corpora[results.study.corpus].held_out_tokens
     return Table(
         "heldout",
         "Distillation",
-        "Forward KL from the base on the held-out slice at the end of the run, whatever the "
-        "teacher, mean over seeds.",
+        f"Forward KL from the base on the held-out slice ({count(held_out)} tokens) at the end of "
+        "the run, whatever the teacher; mean over seeds, and their standard deviation (sd).",
         tuple(panels),
         (
-            *("view", *CELL_FIELDS, "seeds", "held_out_kl", "tokens", "tokens_per_second"),
-            *("seconds", "peak_memory_mib"),
+            *("view", *CELL_FIELDS, "seeds", "held_out_kl", "held_out_kl_sd", "tokens"),
+            *("tokens_per_second", "seconds", "peak_memory_mib"),
         ),
         records,
     )

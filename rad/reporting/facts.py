@@ -13,6 +13,7 @@ from typing import Any
 import rad
 from rad.files import digest
 from rad.reporting.collect import Results
+from rad.reporting.plan import reference_name
 from rad.reporting.writers import count
 
 PACKAGES = ("rad", "torch", "transformers", "lm_eval", "python")
@@ -102,6 +103,9 @@ def facts(results: Results) -> list[Fact]:
         listed.append(Fact("scored in", dtypes))
     seeds = _distinct([run.seed for run in study.run_table.values()])
     listed.append(Fact("seeds", seeds or "none"))
+    listed.append(Fact("differences are to", reference_name(study)))
+    for task in results.missing.values():
+        listed.append(Fact(f"missing data: {task.name}", task.missing))
     models = [f"{name} = {model.source}" for name, model in study.models.items()]
     listed.append(Fact("models", "; ".join(models)))
     corpus = study.corpora[study.corpus]

@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, MultipleLo
 from rad.reporting.collect import Results, RunResult
 from rad.reporting.describe import reference_rows
 from rad.reporting.plan import Block, Cell, blocks
-from rad.reporting.scores import Family, estimate, families, members
+from rad.reporting.scores import Family, documents_of, estimate, families, members
 from rad.reporting.statistics import Estimate
 from rad.reporting.style import MUTED, Mark, marks, new_figure, panel_title
 from rad.reporting.writers import size
@@ -75,6 +75,20 @@ def log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def _extent(results: Results, family: Family) -> str:
+    """How much a family's score is made of."""
+    tasks = f"{len(family.tasks)} tasks, " if len(family.tasks) > 1 else ""
+    return f"{tasks}n = {documents_of(results, family):,}"
+
+
+def nothing(text: str) -> Figure:
+    """A figure that says why there is nothing to draw."""
+    figure, grid = panel_grid(1, 1, 4.6, 1.0)
+    grid[0][0].text(0.5, 0.5, text, ha="center", va="center", color=MUTED)
+    grid[0][0].set_axis_off()
+    return figure
+
+
 def _display(family: Family, value: Estimate) -> tuple[float, float, float]:
     scale = 100.0 if family.is_share else 1.0
     return scale * value.value, scale * value.low, scale * value.high
@@ -95,7 +109,7 @@ def _log_if_wide(axes: Axes, family: Family, values: Sequence[float], axis: str)
         which.set_minor_formatter(NullFormatter())
 
 
-def _guides(results: Results, base: str) -> list[tuple[str, list[RunResult], str]]:
+def guides(results: Results, base: str) -> list[tuple[str, list[RunResult], str]]:
     """Reference lines: the base itself and the student without attention, when there are any."""
     found: list[tuple[str, list[RunResult], str]] = []
     for title, role, group, cell in reference_rows(results):
@@ -111,6 +125,8 @@ def _guides(results: Results, base: str) -> list[tuple[str, list[RunResult], str
 def scores(results: Results, block: Block) -> Figure:
     """Score with 95 % interval: a panel per family, a row per teacher and selector."""
     chosen, everything = marks(results.study), families(results)
+    if not everything:
+        return nothing("missing data: no task was scored")
     positions: dict[Cell, float] = {}
     ticks: list[tuple[float, str]] = []
     at = 0.0
@@ -124,12 +140,11 @@ def scores(results: Results, block: Block) -> Figure:
         ticks.append(((start + at - 1) / 2, f"teacher:\n{teacher}"))
         at += 0.8
     figure, grid = panel_grid(1, len(everything), 2.75, 0.21 * at + 1.1, sharey=True)
-    guides = _guides(results, block.base)
+    lines = guides(results, block.base)
     for axes, family in zip(grid[0], everything, strict=True):
-        tasks = f" ({len(family.tasks)} tasks)" if len(family.tasks) > 1 else ""
-        panel_title(axes, f"{family.name}{tasks}")
+        panel_title(axes, f"{family.name} ({_extent(results, family)})")
         drawn = []
-        for _, group, style in guides:
+        for _, group, style in lines:
             drawn.append(estimate(group, family).value)
             axes.axvline(_display(family, estimate(group, family))[0], color=MUTED, ls=style, lw=1)
         for cell, position in positions.items():
@@ -150,7 +165,7 @@ def scores(results: Results, block: Block) -> Figure:
         Line2D([], [], marker=chosen[name].marker, color=chosen[name].color, ls="", label=name)
         for name in block.selectors
     ]
-    handles += [Line2D([], [], color=MUTED, ls=style, lw=1, label=t) for t, _, style in guides]
+    handles += [Line2D([], [], color=MUTED, ls=style, lw=1, label=t) for t, _, style in lines]
     legend(figure, handles)
     return figure
 
@@ -158,6 +173,8 @@ def scores(results: Results, block: Block) -> Figure:
 def score_vs_kv(results: Results) -> Figure:
     """Score against KV bytes per token: a column per family, a row per teacher."""
     chosen, everything = marks(results.study), families(results)
+    if not everything:
+        return nothing("missing data: no task was scored")
     members_of = [cell for block in blocks(results.study) for cell in block.cells]
     teachers = list(dict.fromkeys(cell.teacher for cell in members_of))
     selectors = list(dict.fromkeys(cell.selector for cell in members_of))
@@ -181,6 +198,7 @@ def score_vs_kv(results: Results) -> Figure:
     for axes_row, teacher in zip(grid, teachers, strict=True):
         for column, (axes, family) in enumerate(zip(axes_row, everything, strict=True)):
             panel_title(axes, f"{family.name}, teacher: {teacher}")
+            axes.set_title(_extent(results, family), loc="right", fontsize=8, color=MUTED)
             for index, (_, group) in enumerate(guides):
                 x = group[0].efficiency.kv_bytes_per_token
                 _point(axes, x, estimate(group, family), family, MUTED, grey[index % len(grey)])

@@ -126,18 +126,27 @@ def trained(study: Study, members: Iterable[Cell]) -> list[Cell]:
     return [cell for cell in members if study.recipes[cell.recipe].stages]
 
 
-def uniform_selectors(study: Study) -> list[str]:
-    """Selectors of the method `uniform`; the first is what others are compared to."""
-    return [
+def reference_name(study: Study) -> str:
+    """What differences are taken to: a selector, or a method, of the study; default `uniform`."""
+    # studies without the key `report` compare with uniform placement
+    settings = getattr(study, "report", None)
+    return str(getattr(settings, "reference", "uniform"))
+
+
+def reference_selectors(study: Study) -> list[str]:
+    """Selectors that are the reference by name, then those that are by method."""
+    wanted = reference_name(study)
+    by_method = [
         name
         for name, settings in study.selector_settings.items()
-        if getattr(settings, "method", None) == "uniform"
+        if getattr(settings, "method", None) == wanted and name != wanted
     ]
+    return [name for name in study.selector_settings if name == wanted] + by_method
 
 
 def baseline(study: Study, block: Block, teacher: str) -> Cell | None:
-    """The block's uniform cell with this teacher: what the others are compared to."""
-    for name in uniform_selectors(study):
+    """The block's reference cell with this teacher: what the others are compared to."""
+    for name in reference_selectors(study):
         cell = block.cell(name, teacher)
         if cell is not None:
             return cell
@@ -155,7 +164,7 @@ class Race:
 
 
 def races(study: Study) -> list[Race]:
-    """Blocks and teachers with a trained uniform baseline and another trained selector."""
+    """Blocks and teachers with a trained reference and another trained selector."""
     found = []
     for block in blocks(study):
         for teacher in block.teachers:
@@ -164,6 +173,24 @@ def races(study: Study) -> list[Race]:
             if first in members and len(members) > 1:
                 assert first is not None
                 found.append(Race(block, teacher, first, tuple(members)))
+    return found
+
+
+@dataclass(frozen=True)
+class LengthTask:
+    """A RULER task of the study that was built at several lengths in tokens."""
+
+    name: str
+    lengths: tuple[int, ...]
+
+
+def length_tasks(study: Study) -> list[LengthTask]:
+    """RULER tasks with several lengths, so that there is a score per length to show."""
+    found = []
+    for name, task in study.evaluation.tasks.items():
+        lengths = tuple(sorted(set(getattr(task, "lengths", ()))))
+        if task.kind.startswith("ruler") and len(lengths) > 1:
+            found.append(LengthTask(name, lengths))
     return found
 
 
@@ -263,6 +290,10 @@ def table_names(study: Study) -> list[str]:
         names.append("faithful")
     if "reference" in present or study.references:
         names.append("references")
+    if present or study.references:
+        names.append("controls")
+        if length_tasks(study):
+            names.append("ruler")
     if study.run_table:
         names.append("selection")
         if cost_groups(study):
@@ -282,6 +313,8 @@ def figure_names(study: Study) -> list[str]:
             if study.evaluation.probe_samples:
                 names.append(f"convergence_probe{block.suffix}")
         names.append(f"scores{block.suffix}")
+        if length_tasks(study):
+            names.append(f"ruler{block.suffix}")
     present = views(study)
     if "controlled" in present:
         names.append("placements")

@@ -17,11 +17,26 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from rad.files import write_text
-from rad.reporting import convergence_figures, figures, placement_map, selection_figures
+from rad.reporting import (
+    convergence_figures,
+    figures,
+    placement_map,
+    ruler_figures,
+    selection_figures,
+)
 from rad.reporting.collect import Results, collect
-from rad.reporting.describe import block_title
+from rad.reporting.describe import block_title, missing_note, seeds_note
 from rad.reporting.facts import facts
-from rad.reporting.plan import Block, blocks, cost_groups, figure_names, views
+from rad.reporting.plan import (
+    Block,
+    blocks,
+    cells,
+    cost_groups,
+    figure_names,
+    reference_name,
+    views,
+)
+from rad.reporting.scores import documents_of, families
 from rad.reporting.style import marks, save, styled
 from rad.reporting.tables import write_tables
 from rad.reporting.writers import Table, count, duration
@@ -32,6 +47,7 @@ _ALT = {
     "convergence_probe": "Probe score against distillation tokens, per task and teacher",
     "convergence_faithful": "Held-out KL of the faithful runs against distillation tokens",
     "scores": "Scores with 95 % intervals per family, teacher and selector",
+    "ruler": "RULER score against context length with 95 % intervals, per teacher and selector",
     "score_vs_kv": "Score against KV cache bytes per token, per family and teacher",
     "selection_cost": "Held-out KL and mean score against what the selection cost",
     "agreement": "Overlap of kept heads and rank correlation of scores, selector by selector",
@@ -43,6 +59,7 @@ BLOCK_FIGURES: dict[str, Callable[[Results, Block], Figure]] = {
     "convergence_kl": convergence_figures.convergence_kl,
     "convergence_probe": convergence_figures.convergence_probe,
     "scores": figures.scores,
+    "ruler": ruler_figures.ruler,
 }
 
 
@@ -121,9 +138,7 @@ def _run_list(results: Results) -> list[dict[str, str]]:
 def _tiles(results: Results) -> list[tuple[str, str]]:
     """The study in a few numbers: value and what it counts."""
     study = results.study
-    documents = sum(
-        len(scores) for result in results.everything[:1] for scores in result.scores.values()
-    )
+    documents = sum(documents_of(results, family) for family in families(results))
     teachers = {run.teacher for run in study.run_table.values()}
     tokens = sum(
         sum(stage.tokens for stage in study.recipes[run.recipe].stages)
@@ -164,6 +179,11 @@ def render(results: Results, tables: dict[str, Table], folder: Path) -> str:
         facts=facts(results),
         stages=results.stages,
         longest=longest or 1.0,
+        reference=reference_name(study),
+        seeds_note=seeds_note(
+            len(cell.seeds) for view in views(study) for cell in cells(study, view)
+        ),
+        missing=missing_note(results).strip(),
         tables=tables,
         pictures=_pictures(names, folder),
         marks=marks(study),

@@ -41,6 +41,7 @@ class Point:
     seconds: float
     kl: float | None
     score: tuple[float, float, float] | None
+    documents: int
 
 
 def _points(results: Results, group: CostGroup) -> list[Point]:
@@ -53,7 +54,8 @@ def _points(results: Results, group: CostGroup) -> list[Point]:
         scaled = None if value is None else (100 * value.value, 100 * value.low, 100 * value.high)
         seconds = placement.cost.seconds
         flops, kl = flops_of(placement), final_kl(students)
-        points.append(Point(cell.selector, cell.budget, flops, seconds, kl, scaled))
+        n = 0 if value is None else value.n
+        points.append(Point(cell.selector, cell.budget, flops, seconds, kl, scaled, n))
     return points
 
 
@@ -199,9 +201,10 @@ def selection_cost(results: Results, group: CostGroup) -> Figure:
     rows.append(("time of the selection (s)", f"< {INSTANT:g}", seconds))
     columns = ["kl"] if any(point.kl is not None for point in points) else []
     columns += ["score"] if any(point.score is not None for point in points) else []
+    documents = next((point.documents for point in points if point.documents), 0)
     titles = {
         "kl": "held-out KL from the base ↓\n(nats / token)",
-        "score": "mean score (%) ↑",
+        "score": f"mean score (%) ↑\n(n = {documents:,})",
     }
     figure, grid = panel_grid(len(rows), max(len(columns), 1), 3.3, 2.35)
     for axes_row, (title, zero, priced) in zip(grid, rows, strict=True):

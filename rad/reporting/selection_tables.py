@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
-from typing import Any
 
 from rad.placement import Placement
 from rad.reporting.collect import Results
 from rad.reporting.describe import (
     CELL_FIELDS,
+    ESTIMATE_FIELDS,
     budget_text,
     cell_record,
     estimate_fields,
     kept_text,
+    seeds_note,
 )
 from rad.reporting.plan import CostGroup, cost_groups, shared_budgets
-from rad.reporting.scores import final_kl, mean_score, members
-from rad.reporting.statistics import Estimate
+from rad.reporting.scores import documents_of, families, final_kl, mean_score, members
 from rad.reporting.writers import (
-    MISSING,
+    NO_DATA,
     Column,
     Entry,
     Panel,
@@ -122,8 +122,10 @@ def selection_cost(results: Results) -> Table:
     columns = [Column(name, numeric=False) for name in names]
     prices = ("FLOPs", "time", "tokens", "trained tokens")
     columns += [Column(name, group="cost of the selection") for name in prices]
-    worth = ("held-out KL, nats/token ↓", "mean score % ↑")
-    columns += [Column(name, group="quality after distillation") for name in worth]
+    quality = "quality after distillation"
+    columns.append(Column("held-out KL, nats/token ↓", group=quality))
+    documents = sum(documents_of(results, each) for each in families(results) if each.is_share)
+    columns.append(Column("mean score % ↑", group=quality, detail=f"n = {documents:,}"))
     panels, records = [], []
     for group in cost_groups(results.study):
         rows = []
@@ -138,7 +140,7 @@ def selection_cost(results: Results) -> Table:
                 *(cell.selector, budget_text(cell.budget), operations(flops)),
                 *(duration(cost.seconds), count(cost.tokens), count(trained), plain(kl, 4)),
             )
-            score = MISSING if value is None else score_entry(value, share=True)
+            score = NO_DATA if value is None else score_entry(value, share=True)
             rows.append((*map(Entry, texts), score))
             records.append(
                 {
@@ -146,7 +148,7 @@ def selection_cost(results: Results) -> Table:
                     **{"flops": flops, "seconds": cost.seconds, "tokens": cost.tokens},
                     **{"trained_tokens": trained, "forward_passes": cost.forward_passes},
                     "held_out_kl": kl,
-                    **_score_fields(value),
+                    **estimate_fields(value, "no task was scored"),
                 }
             )
         panels.append(Panel(cost_group_title(group), tuple(columns), tuple(rows)))
@@ -155,18 +157,15 @@ def selection_cost(results: Results) -> Table:
         "Quality against the cost of the selection",
         "Held-out KL from the base at the end of distillation (mean over seeds), and the mean of "
         "the families' scores with its 95 % interval (perplexity is left out), beside what "
-        "choosing cost. A shared alignment is not included.",
+        "choosing cost. A shared alignment is not included. "
+        f"{seeds_note(record['seeds'] for record in records if record['seeds'])}",
         tuple(panels),
         (
-            *("view", *CELL_FIELDS, "seeds", "flops", "seconds", "tokens", "trained_tokens"),
-            *("forward_passes", "held_out_kl", "value", "low", "high", "n"),
+            *("view", *CELL_FIELDS, "flops", "seconds", "tokens", "trained_tokens"),
+            *("forward_passes", "held_out_kl", *ESTIMATE_FIELDS),
         ),
         records,
     )
-
-
-def _score_fields(value: Estimate | None) -> dict[str, Any]:
-    return {} if value is None else estimate_fields(value)
 
 
 # --- agreement ------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Intervals for scores: Wilson, bootstrap, paired and stratified. numpy only, no I/O.
+"""Intervals for scores of one run: Wilson, bootstrap, paired and stratified. No I/O.
 
 A *stratum* is the documents of one task. A family is a list of strata and its value is the mean of
 the task means, so that a task with more documents does not weigh more; `shares` weigh the task
 means against each other where they stand for families of different size. Within a task documents
 may have weights (tokens, for perplexity). All bootstraps resample documents within their stratum
-with a fixed seed and take percentiles, so the same call gives the same numbers.
+with a fixed seed and take percentiles, so the same call gives the same numbers. Runs of several
+seeds are pooled in `seeds.py`; p-values are in `significance.py`.
 
 References: Wilson, JASA 22 (1927); Efron and Tibshirani, An Introduction to the Bootstrap (1993),
 chapter 13; Miller, arXiv 2411.00640 (paired differences between models).
@@ -16,10 +17,10 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 Array = npt.NDArray[np.float64]
 Documents = Mapping[int, float]
@@ -33,12 +34,17 @@ SEED = 20260
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its interval; `n` documents went into it."""
+    """A value with its interval; `n` documents and `seeds` training seeds went into it.
+
+    `seed_sd` is the standard deviation between seeds in the unit of the value, None for one seed.
+    """
 
     value: float
     low: float
     high: float
     n: int
+    seeds: int = 1
+    seed_sd: float | None = None
 
     @property
     def excludes_zero(self) -> bool:
@@ -46,11 +52,26 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def wilson(successes: float, n: int, level: float = LEVEL) -> tuple[float, float]:
-    """Wilson score interval of a share; raises `ValueError` when the counts make no sense."""
+@dataclass(frozen=True)
+class Difference(Estimate):
+    """A paired difference with its two-sided p-value, as `test` has it, not adjusted."""
+
+    p: float = 1.0
+    test: str = ""
+
+
+def wilson(
+    successes: float, n: float, level: float = LEVEL, *, df: float | None = None
+) -> tuple[float, float]:
+    """Wilson score interval of a share; `n` need not be whole, it may be an effective size.
+
+    With `df` the quantile is Student's instead of the normal one. Raises `ValueError` when the
+    counts make no sense.
+    """
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"wilson: {successes} successes of {n} trials")
-    z = NormalDist().inv_cdf(0.5 + level / 2)
+    upper = 0.5 + level / 2
+    z = float(stats.norm.ppf(upper) if df is None else stats.t.ppf(upper, df))
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -167,16 +188,17 @@ def mean_estimate(
 ) -> Estimate:
     """Mean with the interval that fits: Wilson for one task of 0/1 scores, else the bootstrap.
 
-    When every 0/1 document of several tasks agrees, resampling cannot spread and the bootstrap
-    would claim certainty; the Wilson interval of the pooled documents is used instead.
+    When the 0/1 documents of each of several tasks agree, resampling cannot spread and the
+    bootstrap would claim certainty; the Wilson interval of as many documents is used instead.
     """
     arrays = _as_strata(strata)
     total = sum(array.size for array in arrays)
     if transform is None and weights is None and _is_binary(arrays):
-        successes = float(sum(array.sum() for array in arrays))
-        if len(arrays) == 1 or successes in (0.0, float(total)):
-            low, high = wilson(successes, total, level)
-            return Estimate(successes / total, low, high, total)
+        unanimous = all(array.min() == array.max() for array in arrays)
+        if len(arrays) == 1 or unanimous:
+            value = float(np.average([array.mean() for array in arrays], weights=shares))
+            low, high = wilson(value * total, total, level)
+            return Estimate(value, low, high, total)
     return bootstrap_mean(
         strata, transform, weights, shares=shares, level=level, resamples=resamples, seed=seed
     )

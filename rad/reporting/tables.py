@@ -6,19 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rad.files import write_text
-from rad.reporting import convergence_table, cost_tables, score_tables, selection_tables
+from rad.reporting import (
+    controlled_tables,
+    convergence_table,
+    cost_tables,
+    ruler_tables,
+    sanity_tables,
+    score_tables,
+    selection_tables,
+)
 from rad.reporting.collect import Results
 from rad.reporting.plan import table_names
-from rad.reporting.scores import families, single_tasks
+from rad.reporting.scores import all_families, single_tasks
 from rad.reporting.writers import Table, csv_text, write_table
 
 TABLES: dict[str, Callable[[Results], Table]] = {
-    "controlled": score_tables.controlled,
-    "tasks": score_tables.tasks,
-    "teachers": score_tables.teachers,
+    "controlled": controlled_tables.controlled,
+    "tasks": controlled_tables.tasks,
+    "teachers": controlled_tables.teachers,
     "convergence": convergence_table.convergence,
     "faithful": score_tables.faithful,
     "references": score_tables.references,
+    "controls": sanity_tables.controls,
+    "ruler": ruler_tables.ruler,
     "selection": selection_tables.selection,
     "selection_cost": selection_tables.selection_cost,
     "agreement": selection_tables.agreement,
@@ -34,7 +44,7 @@ def all_tables(results: Results) -> dict[str, Table]:
 
 def write_tables(results: Results, folder: Path) -> dict[str, Table]:
     """Write every table and the tidy `scores.csv` and `families.csv`; returns the tables."""
-    for name, chosen in (("scores", single_tasks(results)), ("families", families(results))):
+    for name, chosen in (("scores", single_tasks(results)), ("families", all_families(results))):
         records = score_tables.score_records(results, chosen)
         write_text(folder / f"{name}.csv", csv_text(score_tables.SCORE_FIELDS, records))
     tables = all_tables(results)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rad.files import write_text
-from rad.reporting.statistics import Estimate
+from rad.reporting.statistics import LEVEL, Estimate
 
 MINUS = "\u2212"
 
@@ -24,20 +24,32 @@ class Entry:
     interval: str = ""
     difference: str = ""
     difference_interval: str = ""
-    verdict: str = ""  # `better` or `worse` when the difference's interval excludes zero
+    verdict: str = ""  # `better` or `worse` when the difference is beyond chance
     best: bool = False
+    spread: str = ""  # between seeds
+    p: str = ""  # of the difference, adjusted
 
 
 MISSING = Entry("–")
+NO_DATA = Entry("missing data")
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column; neighbours with the same `group` share a heading above theirs."""
+    """A column; neighbours with the same `group` share a heading above theirs.
+
+    `detail` is what holds for every entry, such as the number of documents.
+    """
 
     title: str
     group: str = ""
     numeric: bool = True
+    detail: str = ""
+
+    @property
+    def text(self) -> str:
+        """Title and detail in one line."""
+        return f"{self.title}, {self.detail}" if self.detail else self.title
 
 
 @dataclass(frozen=True)
@@ -152,14 +164,28 @@ def score_text(value: float, share: bool) -> str:
     return f"{100 * value:.1f}" if share else significant(value)
 
 
+def p_text(value: float) -> str:
+    """A p-value with its sign of equality."""
+    if value < 0.001:
+        return "p < 0.001"
+    return f"p = {value:.3f}" if value < 0.0995 else f"p = {min(value, 1.0):.2f}"
+
+
 def score_entry(
-    value: Estimate,
+    value: Estimate | None,
     share: bool,
     difference: Estimate | None = None,
     higher_is_better: bool = True,
     best: bool = False,
+    adjusted: float | None = None,
 ) -> Entry:
-    """Entry of an estimate and, when there is one, its paired difference."""
+    """Entry of an estimate and, when there is one, its paired difference and adjusted p-value.
+
+    The difference is called better or worse by the p-value where there is one, else by its
+    interval.
+    """
+    if value is None:
+        return NO_DATA
 
     def change(number: float) -> str:
         return signed(f"{100 * number:.1f}" if share else f"{number:.3f}")
@@ -171,8 +197,12 @@ def score_entry(
     if difference is not None:
         text = change(difference.value)
         ends = bounds(change(difference.low), change(difference.high))
-        if difference.excludes_zero:
+        beyond = difference.excludes_zero if adjusted is None else adjusted < 1 - LEVEL
+        if beyond and difference.value != 0:
             verdict = "better" if (difference.value > 0) == higher_is_better else "worse"
+    spread = ""
+    if value.seed_sd is not None:
+        spread = f"sd {score_text(value.seed_sd, share)}, {value.seeds} seeds"
     return Entry(
         text=score_text(value.value, share),
         interval=bounds(score_text(value.low, share), score_text(value.high, share)),
@@ -180,6 +210,8 @@ def score_entry(
         difference_interval=ends,
         verdict=verdict,
         best=best,
+        spread=spread,
+        p="" if adjusted is None else p_text(adjusted),
     )
 
 
@@ -214,7 +246,7 @@ def markdown_text(table: Table) -> str:
         if panel.title:
             parts.append(f"### {_markdown_escape(panel.title)}")
         titles = [
-            _markdown_escape(f"{column.group}: {column.title}" if column.group else column.title)
+            _markdown_escape(f"{column.group}: {column.text}" if column.group else column.text)
             for column in panel.columns
         ]
         lines = ["| " + " | ".join(titles) + " |"]
@@ -231,8 +263,12 @@ def _markdown_entry(entry: Entry) -> str:
     text = f"**{text}**" if entry.best else text
     if entry.interval:
         text += f" {entry.interval}"
+    if entry.spread:
+        text += f"<br>{entry.spread}"
     if entry.difference:
         text += f"<br>Δ {entry.difference} {entry.difference_interval}"
+    if entry.p:
+        text += f", {_markdown_escape(entry.p)}"
     return text
 
 
@@ -254,6 +290,9 @@ _LATEX = {
     "≤": r"$\leq$",
     "≥": r"$\geq$",
     "∞": r"$\infty$",
+    "<": r"$<$",
+    ">": r"$>$",
+    "·": r"$\cdot$",
     MINUS: r"$-$",
     "–": "--",
 }
@@ -279,7 +318,7 @@ def latex_text(table: Table) -> str:
                     rules.append(f"\\cmidrule(lr){{{start}-{start + span - 1}}}")
                 start += span
             lines += [" & ".join(heads) + " \\\\", " ".join(rules)]
-        lines += [" & ".join(latex_escape(column.title) for column in panel.columns) + " \\\\"]
+        lines += [" & ".join(latex_escape(column.text) for column in panel.columns) + " \\\\"]
         lines.append("\\midrule")
         for row in panel.rows:
             lines.append(" & ".join(_latex_entry(entry) for entry in row) + " \\\\")
@@ -294,10 +333,16 @@ def _latex_entry(entry: Entry) -> str:
     if entry.interval:
         # braces keep a leading [ from being read as the optional argument of \\
         text += f" {{\\scriptsize {{{latex_escape(entry.interval)}}}}}"
+    lines = [text]
+    if entry.spread:
+        lines.append(f"{{\\scriptsize {latex_escape(entry.spread)}}}")
     if entry.difference:
-        gap = latex_escape(f"{entry.difference} {entry.difference_interval}")
-        second = f"{{\\scriptsize $\\Delta$ {gap}}}"
-        text = f"\\shortstack[r]{{{text} \\\\ {second}}}"
+        gap = f"{entry.difference} {entry.difference_interval}"
+        gap = latex_escape(f"{gap}, {entry.p}" if entry.p else gap)
+        lines.append(f"{{\\scriptsize $\\Delta$ {gap}}}")
+    if len(lines) > 1:
+        stacked = " \\\\ ".join(lines)
+        text = f"\\shortstack[r]{{{stacked}}}"
     return text
 
 

@@ -7,6 +7,7 @@ PYTEST_ARGS ?=
 
 TRITON_VENV ?= .venv-triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
+SLURM_STAMP := $(VENV)/.slurm-installed
 
 BIN := $(CURDIR)/$(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -23,12 +24,13 @@ unexport PYTHONPATH
 CANDIDATES := python3.11 python3.12 python3.13 python3.14 python3 python
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo smoke test test-triton lint format nano-models clean clean-results
+.PHONY: help env demo smoke test test-triton test-slurm lint format nano-models clean clean-results
 
 help:
 	@echo "make demo          environment, then the default study: results/nano/report.html"
 	@echo "make test          environment, then the tests"
 	@echo "make test-triton   Triton kernels on a CPU, in .venv-triton/ (optional)"
+	@echo "make test-slurm    the shrunk study on a real Slurm, started here (root, Debian; optional)"
 	@echo "make smoke         the default study, shrunk: every stage and every method"
 	@echo "make lint          ruff, mypy, snakefmt and snakemake --lint"
 	@echo "make format        let ruff and snakefmt rewrite the sources"
@@ -80,6 +82,13 @@ $(TRITON_STAMP): envs/triton.txt envs/cpu.txt pyproject.toml $(STAMP)
 
 test-triton: $(TRITON_STAMP)
 	"$(TRITON_VENV)/bin/python" -m pytest tests/test_triton_adapter.py $(PYTEST_ARGS)
+
+$(SLURM_STAMP): envs/slurm.txt $(STAMP)
+	"$(BIN)/python" -m pip install $(PIP_FLAGS) --no-deps -r envs/slurm.txt
+	touch "$(SLURM_STAMP)"
+
+test-slurm: $(SLURM_STAMP)
+	"$(BIN)/python" tests/slurm/run.py
 
 lint: $(STAMP)
 	"$(BIN)/ruff" check .

@@ -12,6 +12,7 @@ if "name" not in config:
 include: "workflow/rules/common.smk"
 include: "workflow/rules/models.smk"
 include: "workflow/rules/corpus.smk"
+include: "workflow/rules/ruler.smk"
 include: "workflow/rules/align.smk"
 include: "workflow/rules/select.smk"
 

@@ -12,7 +12,8 @@ LINE_EVERY_SECONDS = 10.0
 class Progress:
     """Steps done, the latest note, and the time left."""
 
-    def __init__(self, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "step") -> None:
+        self.unit = unit
         self.title, self.total, self.done, self._first = title, total, done, done
         self._bar: Any = None
         self._start = self._last_line = time.monotonic()
@@ -21,10 +22,10 @@ class Progress:
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=self.total, initial=self.done, desc=self.title, unit="step")
+            self._bar = tqdm(total=self.total, initial=self.done, desc=self.title, unit=self.unit)
         else:
             resumed = f", resumed at {self.done}" if self.done else ""
-            self._print(f"{self.total} steps{resumed}")
+            self._print(f"{self.total} {self.unit}s{resumed}")
         return self
 
     def advance(self, note: str = "", steps: int = 1) -> None:

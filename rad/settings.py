@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import Field
 
 from rad.corpus_settings import CorpusSettings, SourceSettings
+from rad.efficiency_settings import EfficiencySettings
 from rad.mixer_settings import (
     MIXER_SETTINGS,
     DiscreteMamba2Settings,
@@ -51,6 +52,7 @@ __all__ = [
     "AlignmentSettings",
     "CorpusSettings",
     "DiscreteMamba2Settings",
+    "EfficiencySettings",
     "ExternalSettings",
     "GLASettings",
     "GatedDeltaNetSettings",
@@ -100,15 +102,37 @@ class TeacherOutputsSettings(Settings):
     temperature: float = Field(1.0, gt=0, description="of `top_k` and `sampled`")
     batch_size: int = Field(8, gt=0, description="rows per teacher call")
     seed: int = 0
+    order: Literal["corpus", "students"] = Field(
+        "corpus",
+        description="of stored training rows; `students`: as the students of the first seed see "
+        "them, so that with `stream` the first shards are the ones they need first",
+    )
+    shard_mb: float = Field(256, gt=0, description="size of a shard in MiB, at most")
+    # how the work is done, not what comes out: no part of a run's specification
+    parts: int = Field(
+        1, ge=1, exclude=True, description="jobs that share the corpus, each with its own shards"
+    )
+    stream: bool = Field(
+        False,
+        exclude=True,
+        description="students start with the teacher and read shards as they appear; they hold "
+        "their cores and devices while they wait",
+    )
+    wait_minutes: float = Field(
+        60,
+        gt=0,
+        exclude=True,
+        description="with `stream`: a student gives up when no shard appeared for so long",
+    )
+    device_map: Literal["auto", "balanced", "sequential"] | None = Field(
+        None,
+        exclude=True,
+        description="lay the teacher's layers over all GPUs that a job sees, for one that does not "
+        "fit on one; default: whole, on the job's device",
+    )
 
 
 # --- evaluation -----------------------------------------------------------------------------
-
-
-class EfficiencySettings(Settings):
-    contexts: list[int] = Field(default_factory=lambda: [64, 128, 256, 512])
-    decode_tokens: int = Field(16, ge=1, description="tokens decoded when the speed is measured")
-    batch_size: int = Field(1, ge=1)
 
 
 class EvaluationSettings(TaskTable):

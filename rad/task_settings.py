@@ -79,6 +79,7 @@ class RulerSettings(TaskSettings):
     )
     chat: bool = Field(False, description="wrap prompts by the tokenizer's chat template")
     missing: Literal["error", "row"] = "row"
+    max_new_tokens: int = Field(128, ge=1, description="no effect: RULER fixes it per sub-task")
 
 
 class Gsm8kSettings(TaskSettings):

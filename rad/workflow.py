@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rad.evaluation.ruler import plan
 from rad.settings import needs_of
 from rad.study import Study
 
@@ -34,6 +35,7 @@ class Helpers:
 
     def __init__(self, study: Study) -> None:
         self.study = study
+        self.ruler_tasks = plan.ruler_tasks(study.evaluation)
         self.scored = [*study.run_table, *(f"model-{name}" for name in study.references)]
 
     @staticmethod
@@ -138,11 +140,39 @@ class Helpers:
         if not teacher:
             return ""
         model = self._path("models", teacher, "source.json")
-        return f"--teacher-outputs {self._path('teachers', teacher)} --teacher-model {model}"
+        folder = self._path("teachers", teacher)
+        options = f"--teacher-outputs {folder} --teacher-model {model}"
+        settings = self.study.teacher_outputs[teacher]
+        return f"{options} --teacher-wait {settings.wait_minutes:g}" if settings.stream else options
 
     def teacher_outputs_options(self, wildcards: Any) -> str:
-        settings = self.study.teacher_outputs[wildcards.model].model_dump(exclude_none=True)
-        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in settings.items())
+        settings = self.study.teacher_outputs[wildcards.model]
+        options = settings.model_dump(exclude_none=True, exclude={"order"})
+        if settings.device_map is not None:
+            options["device_map"] = settings.device_map
+        if settings.order == "students":
+            seeds = [
+                run.seed for run in self.study.run_table.values() if run.teacher == wildcards.model
+            ]
+            options |= {"order_seed": seeds[0]} if seeds else {}
+        return " ".join(f"--{key.replace('_', '-')} {value}" for key, value in options.items())
+
+    @property
+    def teachers_in_steps(self) -> list[str]:
+        """Teachers whose outputs come from several jobs, or are read while they are written."""
+        stored = self.study.teacher_outputs
+        return [name for name, each in stored.items() if each.parts > 1 or each.stream]
+
+    @property
+    def teachers_at_once(self) -> list[str]:
+        """Teachers whose outputs one job writes."""
+        return [name for name in self.study.teacher_outputs if name not in self.teachers_in_steps]
+
+    def teacher_parts(self, wildcards: Any) -> list[str]:
+        """Records of the parts of a teacher's outputs."""
+        count = self.study.teacher_outputs[wildcards.model].parts
+        folder = f"<results>/teachers/{wildcards.model}"
+        return [f"{folder}/part-{part:05d}-of-{count:05d}.json" for part in range(count)]
 
     def _stored_teacher(self, name: str) -> str | None:
         run = self.study.run_table[name]
@@ -162,6 +192,22 @@ class Helpers:
         from rad.evaluation.data import input_files
 
         return input_files(self.study.evaluation)
+
+    def ruler_files(self, wildcards: Any) -> list[str]:
+        return plan.input_files(self.study.evaluation, wildcards.ruler, wildcards.subtask)
+
+    def ruler_folder(self, wildcards: Any) -> str:
+        return self._path("ruler")
+
+    def ruler_options(self, wildcards: Any) -> str:
+        return shlex.join(plan.options(self.study.evaluation, wildcards.ruler))
+
+    def ruler_documents(self, wildcards: Any) -> list[str]:
+        return [
+            f"<results>/ruler/{name}/{subtask}/{length}.jsonl"
+            for name in self.ruler_tasks
+            for subtask, length in plan.planned(self.study.evaluation, name)
+        ]
 
     def alignment_corpus(self, wildcards: Any) -> str:
         assert self.study.alignment is not None
@@ -194,7 +240,10 @@ class Helpers:
 
     def run_teacher(self, wildcards: Any) -> list[str]:
         teacher = self._stored_teacher(wildcards.run)
-        return [f"<results>/teachers/{teacher}/manifest.json"] if teacher else []
+        if not teacher:
+            return []
+        streams = self.study.teacher_outputs[teacher].stream
+        return [f"<results>/teachers/{teacher}/{'start' if streams else 'manifest'}.json"]
 
     def run_alignment(self, wildcards: Any) -> list[str]:
         folder = self._alignment_folder(wildcards.run)
@@ -216,6 +265,10 @@ class Helpers:
         for name in self.study.run_table:
             folder = f"<results>/runs/{name}"
             files += [f"{folder}/{part}" for part in ("curve.jsonl", "training.json")]
+        # no student that reads shards as they appear asks for the jobs that write them
+        for name, settings in self.study.teacher_outputs.items():
+            if settings.stream:
+                files.append(f"<results>/teachers/{name}/manifest.json")
         return files
 
     def _alignment_folder(self, name: str) -> str | None:

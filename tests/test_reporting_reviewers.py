@@ -15,7 +15,8 @@ from rad.reporting.collect import Results, collect
 from rad.reporting.figures import score_vs_kv, scores
 from rad.reporting.plan import blocks, length_tasks, reference_selectors
 from rad.reporting.ruler_figures import ruler
-from rad.reporting.scores import all_families
+from rad.reporting.samples import Task
+from rad.reporting.scores import Family, all_families
 from rad.reporting.significance import holm
 from rad.reporting.style import styled
 from rad.reporting.tables import all_tables, write_tables
@@ -358,3 +359,18 @@ def test_ruler_is_averaged_per_length(results: Results, tables: dict[str, Table]
 def test_one_length_has_no_table_of_lengths() -> None:
     tasks = {"ruler_nano": {"kind": "ruler_nano", "samples": 10, "lengths": [64]}}
     assert length_tasks(nano_study(evaluation={"tasks": tasks})) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "heading"),
+    [
+        (["", ""], "retrieval % ↑"),
+        (["stand-in", "stand-in"], "retrieval (stand-in) % ↑"),
+        (["", "synthetic"], "retrieval (partly synthetic) % ↑"),
+    ],
+)
+def test_documents_that_stand_in_are_labelled(labels: list[str], heading: str) -> None:
+    tasks = tuple(
+        Task(f"t{n}", "retrieval", "contains", True, label=label) for n, label in enumerate(labels)
+    )
+    assert Family("retrieval", tasks).heading == heading

@@ -279,7 +279,7 @@ def test_seeds_are_pooled(tmp_path: Path) -> None:
     study = nano_study(evaluation=small_tasks(), grid=grid, references=[])
     tables = tables_of(study, tmp_path)
     names = {"controlled", "tasks", "teachers", "selection", "heldout", "efficiency"}
-    assert set(tables) == names | {"convergence", "controls", "ruler"}
+    assert set(tables) == names | {"convergence", "controls", "ruler", "speed"}
     assert {record["seeds"] for record in tables["controlled"].records} == {3}
     assert "3 seeds: the interval covers documents and seeds" in tables["controlled"].caption
     assert all(record["n"] in (40, 120) for record in tables["controlled"].records)
@@ -335,5 +335,5 @@ def test_perplexity_is_the_exponential_and_lower_wins(tmp_path: Path) -> None:
 def test_a_study_without_runs_or_controlled_view(tmp_path: Path) -> None:
     study = nano_study(evaluation=small_tasks(), grid=[], references=["base"])
     tables = tables_of(study, tmp_path)
-    assert set(tables) == {"references", "controls", "ruler", "efficiency"}
-    assert outputs(study)["figures"] == []
+    assert set(tables) == {"references", "controls", "ruler", "efficiency", "speed"}
+    assert {Path(file).stem for file in outputs(study)["figures"]} == {"speed"}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rad.commands.options import DTYPE, OPTIONAL, Argument, Verb, as_json
+from rad.commands.options import DEVICE, DTYPE, OPTIONAL, Argument, Verb, as_json
 from rad.files import read_json, write_text
 
 
@@ -50,7 +50,7 @@ def _settings(args: argparse.Namespace) -> Any:
 
 
 def _built(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
-    """The manifest of the tasks; those that an earlier call built for the same settings are kept."""
+    """The manifest of the tasks; what an earlier call built for the same settings is kept."""
     from rad.evaluation.build import build_tasks
     from rad.evaluation.data import input_files
     from rad.files import digest, file_digest
@@ -142,7 +142,7 @@ VERBS: dict[str, Verb] = {
             _DATA,
             ("--revision", {"default": None, "help": "hub revision of the model"}),
             DTYPE,
-            ("--device", {"default": "cpu", "help": "cpu or cuda"}),
+            DEVICE,
             ("--samples", {"type": int, "default": None, "help": "at most so many documents each"}),
             ("--batch-size", {"type": int, "default": 32, "help": "prompts per batch"}),
             ("--max-length", {"type": int, "default": None, "help": "longest prompt + answer"}),

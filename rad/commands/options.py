@@ -29,4 +29,12 @@ DTYPE: Argument = (
     {"choices": ["float32", "bfloat16"], "default": "float32", "help": "of the weights"},
 )
 
+DEVICE: Argument = (
+    "--device",
+    {
+        "default": "auto",
+        "help": "cpu, cuda, or auto (default): the variable RAD_DEVICE, else a GPU if there is one",
+    },
+)
+
 Verb = tuple[Callable[[argparse.Namespace], None], list[Argument]]

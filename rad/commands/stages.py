@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rad.commands.options import CONFIG, JSON, OPTIONAL, PATH, Verb
+from rad.commands.options import CONFIG, DEVICE, JSON, OPTIONAL, PATH, Verb
+from rad.devices import chosen
 from rad.files import read_json, write_json, write_text
 
 
@@ -105,11 +106,13 @@ def corpus(args: argparse.Namespace) -> None:
 
 def tasks(args: argparse.Namespace) -> None:
     """Build the evaluation documents of a suite."""
+    from rad.evaluation import cost
     from rad.evaluation.build import build_tasks
     from rad.settings import EvaluationSettings
 
     record = read_json(args.model)
-    build_tasks(EvaluationSettings.model_validate(args.settings), record["path"], args.output)
+    settings = EvaluationSettings.model_validate(args.settings)
+    print(cost.text(build_tasks(settings, record["path"], args.output, ruler=args.ruler)))
 
 
 def align(args: argparse.Namespace) -> None:
@@ -126,6 +129,7 @@ def align(args: argparse.Namespace) -> None:
         corpus=args.corpus,
         state=args.state,
         output=args.output,
+        device=chosen(args.device),
     )
 
 
@@ -151,6 +155,7 @@ def distil(args: argparse.Namespace) -> None:
             aligned=args.aligned,
             probe=probe,
             teacher_outputs=args.teacher_outputs,
+            teacher_wait=args.teacher_wait,
             teacher_sha256=read_json(args.teacher_model)["weights_sha256"]
             if args.teacher_model
             else None,
@@ -160,6 +165,7 @@ def distil(args: argparse.Namespace) -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score a model on every task of the suite and measure its cache and decode speed."""
+    from rad.distillation import parallel
     from rad.evaluation.efficiency import measure
     from rad.evaluation.harness import evaluate as run
     from rad.models import sources
@@ -168,30 +174,25 @@ def evaluate(args: argparse.Namespace) -> None:
     spec = read_json(args.spec)
     settings = EvaluationSettings.model_validate(args.settings)
     where = spec["model"] if "reference" in spec else {"source": str(args.output / "model")}
-    loaded = sources.load(
-        where["source"], revision=where.get("revision"), dtype=where.get("dtype", "float32")
-    )
-    tokenizer = sources.load_tokenizer(where["source"], revision=where.get("revision"))
-    run(
-        loaded,
-        tokenizer,
-        args.tasks,
-        run=spec["run"],
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        output=args.output,
-    )
-    efficiency = settings.efficiency
-    write_json(
-        args.output / "efficiency.json",
-        measure(
+    with parallel.processes(args.device) as device:
+        loaded = sources.load(
+            where["source"], revision=where.get("revision"), dtype=where.get("dtype", "float32")
+        ).to(device)
+        run(
             loaded,
+            sources.load_tokenizer(where["source"], revision=where.get("revision")),
+            args.tasks,
             run=spec["run"],
-            contexts=efficiency.contexts,
-            decode_tokens=efficiency.decode_tokens,
-            batch_size=efficiency.batch_size,
-        ),
-    )
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+            output=args.output,
+        )
+        first = parallel.first()
+    if not first:
+        return
+    # not within the block, where the other processes would wait for it
+    probe = measure(loaded, run=spec["run"], **settings.efficiency.model_dump())
+    write_json(args.output / "efficiency.json", probe)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -205,12 +206,23 @@ def report(args: argparse.Namespace) -> None:
 
 def teacher_outputs(args: argparse.Namespace) -> None:
     """Run a teacher over a corpus once and store what students need of it."""
-    from rad.distillation.teacher_outputs import write_outputs
+    from rad.distillation.teacher_outputs import SHARD_BYTES, Writer, merge
     from rad.models import sources
 
+    if args.step == "merge":
+        _say_outputs(merge(args.output))
+        return
     record = read_json(args.model)
-    manifest = write_outputs(
-        sources.load(record["source"], revision=record["revision"], dtype=record["dtype"]),
+    teacher = sources.load(
+        record["source"],
+        revision=record["revision"],
+        dtype=record["dtype"],
+        device_map=args.device_map,
+    )
+    if args.device_map is None:
+        teacher = teacher.to(chosen(args.device))
+    writer = Writer(
+        teacher,
         args.corpus,
         args.output,
         args.kind,
@@ -222,7 +234,18 @@ def teacher_outputs(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         vocabulary=args.vocabulary,
+        shard_bytes=int(args.shard_mb * 2**20) if args.shard_mb else SHARD_BYTES,
+        order_seed=args.order_seed,
     )
+    if args.step != "part":
+        writer.start()
+    if args.step != "start":
+        writer.part(args.part, args.parts)
+    if args.step == "all":
+        _say_outputs(merge(args.output))
+
+
+def _say_outputs(manifest: dict[str, Any]) -> None:
     print(json.dumps({key: manifest[key] for key in ("bytes_per_token", "loss")}, indent=2))
 
 
@@ -251,7 +274,15 @@ VERBS: dict[str, Verb] = {
             ("--output", PATH),
         ],
     ),
-    "tasks": (tasks, [("--settings", JSON), ("--model", PATH), ("--output", PATH)]),
+    "tasks": (
+        tasks,
+        [
+            ("--settings", JSON),
+            ("--model", PATH),
+            ("--output", PATH),
+            ("--ruler", {**OPTIONAL, "help": "folder with documents of `rad ruler`, per task"}),
+        ],
+    ),
     "align": (
         align,
         [
@@ -261,6 +292,7 @@ VERBS: dict[str, Verb] = {
             ("--corpus", PATH),
             ("--state", PATH),
             ("--output", PATH),
+            DEVICE,
         ],
     ),
     "distil": (
@@ -273,15 +305,19 @@ VERBS: dict[str, Verb] = {
             ("--probe-samples", {"type": int, "default": 0}),
             ("--aligned", OPTIONAL),
             ("--teacher-outputs", {**OPTIONAL, "help": "folder of `rad teacher-outputs`"}),
+            (
+                "--teacher-wait",
+                {"type": float, "default": None, "help": "minutes to wait for shards to come"},
+            ),
             ("--teacher-model", {**OPTIONAL, "help": "description of that teacher"}),
-            ("--device", {"default": "cpu", "help": "cpu or cuda"}),
+            DEVICE,
             ("--state", PATH),
             ("--output", PATH),
         ],
     ),
     "evaluate": (
         evaluate,
-        [("--spec", PATH), ("--tasks", PATH), ("--settings", JSON), ("--output", PATH)],
+        [("--spec", PATH), ("--tasks", PATH), ("--settings", JSON), ("--output", PATH), DEVICE],
     ),
     "report": (report, [("--study", PATH), ("--root", PATH)]),
     "teacher-outputs": (
@@ -297,6 +333,30 @@ VERBS: dict[str, Verb] = {
             ("--seed", {"type": int, "default": 0}),
             ("--batch-size", {"type": int, "default": 8}),
             ("--vocabulary", {"type": int, "default": None, "help": "rows of the head that count"}),
+            (
+                "--step",
+                {
+                    "choices": ["all", "start", "part", "merge"],
+                    "default": "all",
+                    "help": "all of it, or one step of a corpus shared by several jobs",
+                },
+            ),
+            ("--part", {"type": int, "default": 0, "help": "with --step part, counted from 0"}),
+            ("--parts", {"type": int, "default": 1}),
+            ("--shard-mb", {"type": float, "default": None, "help": "MiB of a shard (256)"}),
+            (
+                "--order-seed",
+                {"type": int, "default": None, "help": "rows as students of this seed see them"},
+            ),
+            (
+                "--device-map",
+                {
+                    "choices": ["auto", "balanced", "sequential"],
+                    "default": None,
+                    "help": "lay the layers over all visible GPUs, instead of --device",
+                },
+            ),
+            DEVICE,
         ],
     ),
 }

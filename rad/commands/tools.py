@@ -10,7 +10,8 @@ import json
 import sys
 from pathlib import Path
 
-from rad.commands.options import DTYPE, FOLDER, OPTIONAL, PATH, Verb, as_json
+from rad.commands.options import DEVICE, DTYPE, FOLDER, OPTIONAL, PATH, Verb, as_json
+from rad.devices import chosen
 from rad.files import read_json
 
 
@@ -73,7 +74,7 @@ def kernels(args: argparse.Namespace) -> None:
     from rad.models import sources
     from rad.models.kernel_check import kernel_records
 
-    model = sources.load(str(args.folder), dtype=args.dtype).to(args.device)
+    model = sources.load(str(args.folder), dtype=args.dtype).to(chosen(args.device))
     records = kernel_records(model)
     print(json.dumps(records, indent=2))
     require(records)
@@ -117,6 +118,7 @@ def select(args: argparse.Namespace) -> None:
         aligned=aligned,
         mixer=mixer,
         state=state,
+        device=args.device,
     )
     placement.save(args.out)
     if args.model is None:
@@ -183,6 +185,7 @@ VERBS: dict[str, Verb] = {
             DTYPE,
             ("--state", {**OPTIONAL, "help": "folder for what a long selection can resume"}),
             ("--work", {"type": Path, "default": Path("state/select"), "help": "made inputs"}),
+            DEVICE,
         ],
     ),
     "placement": (
@@ -213,7 +216,7 @@ VERBS: dict[str, Verb] = {
     ),
     "inspect": (inspect, [FOLDER]),
     "export": (export, [FOLDER, DTYPE, ("--out", PATH)]),
-    "kernels": (kernels, [FOLDER, DTYPE, ("--device", {"default": "cpu"})]),
+    "kernels": (kernels, [FOLDER, DTYPE, DEVICE]),
     "speculate": (
         speculate,
         [

@@ -37,12 +37,13 @@ def align(
     corpus: Path,
     state: Path,
     output: Path,
+    device: str = "cpu",
 ) -> None:
     """Write `mixers.safetensors` and `alignment.json` under `output`; resumable like any job."""
     base = sources.load(
         base_record["source"], revision=base_record["revision"], dtype=base_record["dtype"]
     )
-    base.requires_grad_(False)
+    base.to(device).requires_grad_(False)
     nothing = Placement(
         base=base_record["name"],
         layers=base_record["layers"],

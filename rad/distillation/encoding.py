@@ -8,7 +8,7 @@ of a chunk, V vocabulary, K stored entries of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,16 +50,16 @@ class Encoder:
         ]
 
     def __call__(
-        self, hidden: Tensor, real: Tensor, split: str, row: int, place: int
+        self, hidden: Tensor, real: Tensor, split: str, numbers: Sequence[int], place: int
     ) -> tuple[Arrays, Sums]:
         """hidden (B,T,E), real (B,T) bool -> arrays with B*T or B first, sums over real tokens.
 
-        `row`, `place`: of the first row, in the corpus split and in its shard.
+        `numbers`: of the rows in the corpus split; `place`: of the first one in its shard.
         """
-        return self._encode(hidden, real, split, row, place)
+        return self._encode(hidden, real, split, numbers, place)
 
     def _hidden(
-        self, hidden: Tensor, real: Tensor, split: str, row: int, place: int
+        self, hidden: Tensor, real: Tensor, split: str, numbers: Sequence[int], place: int
     ) -> tuple[Arrays, Sums]:
         kept = hidden.to(self.dtype)
         if not bool(torch.isfinite(kept).all()):
@@ -83,7 +83,7 @@ class Encoder:
         return {"hidden": _to_numpy(kept)}, sums
 
     def _top_k(
-        self, hidden: Tensor, real: Tensor, split: str, row: int, place: int
+        self, hidden: Tensor, real: Tensor, split: str, numbers: Sequence[int], place: int
     ) -> tuple[Arrays, Sums]:
         size = chunked.chunk_tokens(self.spec["vocabulary"], hidden.device)
         k, others = self.spec["k"], self.spec["vocabulary"] - self.spec["k"]
@@ -114,14 +114,14 @@ class Encoder:
         return arrays, {"tokens": float(real.sum()), "kl": kl, "missing_mass": missing}
 
     def _sampled(
-        self, hidden: Tensor, real: Tensor, split: str, row: int, place: int
+        self, hidden: Tensor, real: Tensor, split: str, numbers: Sequence[int], place: int
     ) -> tuple[Arrays, Sums]:
         size = chunked.chunk_tokens(self.spec["vocabulary"], hidden.device)
         n = self.spec["k"]
         drawn, log_probs, entropies = [], [], []
-        for offset, sequence in enumerate(hidden):
+        for number, sequence in zip(numbers, hidden, strict=True):
             # a row's draws depend on the seed and the row alone, not on batches or shards
-            seed = int(digest([self.spec["seed"], split, row + offset])[:15], 16)
+            seed = int(digest([self.spec["seed"], split, int(number)])[:15], 16)
             uniform = torch.rand(
                 (len(sequence), n),
                 dtype=torch.float64,

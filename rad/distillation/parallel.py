@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rad.devices import chosen
 from rad.distillation.shared_prefix import unshare
 from rad.progress import Progress
 
@@ -43,6 +44,7 @@ def started() -> bool:
 @contextmanager
 def processes(device: str) -> Iterator[str]:
     """Join the other processes of torchrun within the block; yields this one's own device."""
+    device = chosen(device)
     if not started():
         yield device
         return

@@ -53,12 +53,14 @@ def distil(
     probe: Callable[[Any], Probe] | None = None,
     teacher_outputs: Path | None = None,
     teacher_sha256: str | None = None,
+    teacher_wait: float | None = None,
     device: str = "cpu",
 ) -> None:
     """Write `model/`, `curve.jsonl`, `training.json` and `placement.json` under `output`.
 
     `probe` builds a task probe from the tokenizer. `teacher_outputs` is a folder of stored outputs
-    of the teacher (whose weights have the digest `teacher_sha256`), which is then not loaded.
+    of the teacher (whose weights have the digest `teacher_sha256`), which is then not loaded; with
+    `teacher_wait` (minutes) they may still be being written.
     Raises `ValueError` with one line on a placement that misses the budget, a stage shorter than a
     step, or a full disk; `loop.Interrupted` after a signal.
     """
@@ -92,6 +94,7 @@ def distil(
             vocab_size=head_of(student).vocabulary,
             teacher_sha256=teacher_sha256,
             device=device,
+            wait_minutes=teacher_wait,
         )
         vocabulary = teacher.vocabulary
     elif not self_taught:

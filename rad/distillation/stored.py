@@ -3,6 +3,7 @@
     <folder>/manifest.json               what was stored, of which teacher and corpus, how well
     <folder>/head.safetensors            kind `hidden`: the teacher's output head
     <folder>/<split>-00000.<array>.npy   a shard of rows; memory-mapped when read, never unpickled
+    <folder>/...json                     records of single shards (`rad.distillation.shards`)
 
 | kind      | a token's arrays                                   | what a student gets            |
 |-----------|----------------------------------------------------|--------------------------------|
@@ -10,8 +11,8 @@
 | `top_k`   | ids (K), log_probs (K)                             | the K most likely tokens       |
 | `sampled` | ids and counts of K draws, merged; entropy         | an unbiased estimate           |
 
-`rad.distillation.teacher_outputs` writes them. Legend: B batch, R rows, T context, E hidden size,
-K stored entries of a token.
+`rad.distillation.teacher_outputs` writes them; shards can be read as soon as they are there.
+Legend: B batch, R rows, T context, E hidden size, K stored entries of a token.
 """
 
 from __future__ import annotations
@@ -28,19 +29,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rad.data.corpus import Corpus
+from rad.distillation.shards import MANIFEST, SPLITS, START, Arrivals, StoredError, row_order
 from rad.distillation.targets import LogitHead
 from rad.files import file_digest, read_json
+
+__all__ = ["SPLITS", "StoredError", "StoredOutputs", "corpus_digest", "row_checks"]
 
 SCHEMA = 1
 KINDS = ("hidden", "top_k", "sampled")
 DTYPES = ("float32", "bfloat16", "float16")
-SPLITS = ("train", "held_out")
 Arrays = dict[str, NDArray[Any]]
 AGAIN = "remove it and run the command that writes the outputs again"
-
-
-class StoredError(ValueError):
-    """Teacher outputs that cannot be written or read; the message names the file and the remedy."""
 
 
 def corpus_digest(corpus: Corpus) -> str:
@@ -67,43 +66,77 @@ def row_checks(rows: NDArray[Any]) -> NDArray[np.uint32]:
 class StoredOutputs:
     """A folder of teacher outputs. Raises `StoredError` naming what is missing or cut off."""
 
-    def __init__(self, folder: Path, *, verify: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, verify: bool = False, wait_minutes: float | None = None
+    ) -> None:
         """`verify` reads every byte and compares digests; sizes and values read are checked always.
 
+        With `wait_minutes`, outputs that are still being written are read too: asking for a row
+        waits for its shard, and gives up when none arrived for so long.
         Raises `StoredError` when the folder is incomplete or a file is missing or damaged.
         """
-        self.folder = Path(folder)
-        try:
-            self.manifest: dict[str, Any] = read_json(self.folder / "manifest.json")
-        except ValueError as error:
-            raise StoredError(f"no teacher outputs: {error}") from error
-        if self.manifest.get("schema") != SCHEMA or self.manifest.get("kind") not in KINDS:
-            raise StoredError(
-                f"{self.folder / 'manifest.json'}: not teacher outputs of schema {SCHEMA}; write "
-                "them again"
-            )
-        if not self.manifest["complete"]:
-            raise StoredError(
-                f"{self.folder}: the teacher's outputs are incomplete; run the command that writes "
-                "them again, it goes on where it stopped"
-            )
+        self.folder, self.verify = Path(folder), verify
+        self._arrivals: Arrivals | None = None
+        self.manifest = self._manifest(wait_minutes)
         self.kind: str = self.manifest["kind"]
+        self._records: dict[tuple[str, int], dict[str, Any]] = {}
         self._open: dict[tuple[str, int, str], NDArray[Any]] = {}
         self._offsets: dict[tuple[str, int], NDArray[np.int64]] = {}
-        for split in SPLITS:
-            for shard in self.manifest["shards"][split]:
-                for file in shard["files"].values():
-                    self._check(file, verify)
+        self._places = {split: np.argsort(row_order(self.manifest, split)) for split in SPLITS}
+        if self._arrivals is None:
+            for split in SPLITS:
+                for index in range(len(self.manifest["shards"][split])):
+                    self._record(split, index)
         if self.kind == "hidden":
-            self._check(self.manifest["head"], verify)
+            self._check(self.manifest["head"])
 
-    def _check(self, file: Mapping[str, Any], verify: bool) -> None:
+    def _manifest(self, wait_minutes: float | None) -> dict[str, Any]:
+        """The manifest, or the start record when waiting for shards is allowed."""
+        path = self.folder / MANIFEST
+        begun = (self.folder / START).exists()
+        if not path.exists() and begun and wait_minutes is not None:
+            path = self.folder / START
+        try:
+            found: dict[str, Any] = read_json(path)
+        except ValueError as error:
+            if begun and not path.exists():
+                raise StoredError(self._incomplete()) from error
+            raise StoredError(f"no teacher outputs: {error}") from error
+        if found.get("schema") != SCHEMA or found.get("kind") not in KINDS:
+            raise StoredError(f"{path}: not teacher outputs of schema {SCHEMA}; write them again")
+        if path.name == START:
+            assert wait_minutes is not None
+            self._arrivals = Arrivals(self.folder, found, wait_minutes)
+        elif not found["complete"]:
+            raise StoredError(self._incomplete())
+        return found
+
+    def _incomplete(self) -> str:
+        return (
+            f"{self.folder}: the teacher's outputs are incomplete; run the command that writes "
+            "them again, it goes on where it stopped"
+        )
+
+    def _record(self, split: str, shard: int) -> dict[str, Any]:
+        """The record of a shard, whose files are there with the right sizes."""
+        key = (split, shard)
+        if key not in self._records:
+            if self._arrivals is None:
+                record = self.manifest["shards"][split][shard]
+            else:
+                record = self._arrivals.shard(split, shard)
+            for file in record["files"].values():
+                self._check(file)
+            self._records[key] = record
+        return self._records[key]
+
+    def _check(self, file: Mapping[str, Any]) -> None:
         path = self.folder / file["name"]
         found = path.stat().st_size if path.exists() else None
         if found != file["bytes"]:
             what = "missing" if found is None else f"{found} bytes instead of {file['bytes']}"
             raise StoredError(f"{path}: {what}; {AGAIN}")
-        if verify and file_digest(path) != file["sha256"]:
+        if self.verify and file_digest(path) != file["sha256"]:
             raise StoredError(f"{path}: its content has changed; {AGAIN}")
 
     def _array(self, split: str, shard: int, name: str) -> NDArray[Any]:
@@ -118,8 +151,7 @@ class StoredOutputs:
         return self._open[key]
 
     def _path(self, split: str, shard: int, name: str) -> Path:
-        record = self.manifest["shards"][split][shard]
-        return self.folder / str(record["files"][name]["name"])
+        return self.folder / str(self._record(split, shard)["files"][name]["name"])
 
     def head(self) -> LogitHead:
         """The teacher's output head (kind `hidden`)."""
@@ -154,7 +186,7 @@ class StoredOutputs:
         for row, check in zip(rows, checks, strict=True):
             if not 0 <= row < count:
                 raise StoredError(f"{self.folder}: row {row} of {split}, which has {count} rows")
-            shard, place = divmod(int(row), per_shard)
+            shard, place = divmod(int(self._places[split][row]), per_shard)
             if self._array(split, shard, "check")[place] != check:
                 raise StoredError(
                     f"{self._path(split, shard, 'check')}: row {row} was stored for other tokens; "

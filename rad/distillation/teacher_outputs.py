@@ -1,6 +1,10 @@
 """Run a teacher once over a corpus and store what it says (`rad.distillation.stored`).
 
-A shard's files are renamed into place whole, and the manifest that lists them after them: writing
+    start     settings checked, head and start record written
+    part i    every N-th shard, by a process of its own; N does not change a byte of any shard
+    merge     one manifest out of the shards' records
+
+A shard's files are renamed into place whole, and the record that lists them after them: writing
 goes on where it stopped, and a reader never sees half a shard. Legend: B batch, T context, E hidden
 size, V vocabulary, K stored entries of a token.
 """
@@ -9,7 +13,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +26,21 @@ from numpy.typing import NDArray
 from rad.data.corpus import Corpus
 from rad.data.packing import PADDING
 from rad.distillation.encoding import Encoder, Sums, mean_loss
-from rad.distillation.stored import (
-    DTYPES,
-    KINDS,
-    SCHEMA,
+from rad.distillation.shards import (
+    HEAD,
+    MANIFEST,
     SPLITS,
-    Arrays,
+    START,
     StoredError,
-    corpus_digest,
-    row_checks,
+    find,
+    identity,
+    missing_of,
+    rows_of,
+    shards_of,
+    stem,
 )
-from rad.distillation.targets import LogitHead, check_head, head_of, rows_hidden
+from rad.distillation.stored import DTYPES, KINDS, SCHEMA, Arrays, corpus_digest, row_checks
+from rad.distillation.targets import check_head, head_of, rows_hidden
 from rad.files import file_digest, read_json, replacing, write_json
 from rad.progress import Progress
 
@@ -38,6 +48,8 @@ from rad.progress import Progress
 DEFAULT_K = {"hidden": 0, "top_k": 64, "sampled": 50}
 SHARD_BYTES = 2**28
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# what this module writes, whole or as the temporary file of a job that was killed
+_OURS = re.compile(r"\.?(start|manifest|head|part-\d+-of-\d+|(train|held_out)-\d+)\..+")
 
 
 def write_outputs(
@@ -47,57 +59,288 @@ def write_outputs(
     kind: str,
     k: int | None = None,
     dtype: str | None = None,
-    *,
-    teacher_sha256: str,
-    tokenizer_sha256: str = "",
-    temperature: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 8,
-    vocabulary: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Run `teacher` over every row of a corpus, write `out`, return its manifest; resumable.
 
-    `kind`: `hidden`, `top_k` or `sampled` (random-sampling KD, arXiv 2503.16870); `k`: entries of
-    `top_k`, draws of `sampled`; `dtype` of hidden states (default: the teacher's own, which is
-    exact) or log-probabilities (default float16). `vocabulary`: rows of the head that count
-    (default all). `temperature` softens `top_k` and `sampled`; hidden states serve any.
-    The manifest has `bytes_per_token` and `loss`, in nats per token: `kl`, KL(teacher || stored)
-    (of `top_k` with the missing mass even over the other tokens); for `sampled` the mean deviation
-    of the estimate, zero but for its `standard_error`.
-    Raises `StoredError` on settings that make no sense, a folder of another teacher, corpus or
-    setting, a corpus of another vocabulary, an output that is no number, and a full disk.
+    Start, the only part and merge in one process; settings and errors are those of `Writer`.
     """
-    corpus, out = Corpus(corpus_folder), Path(out)
-    head = head_of(teacher).detach()
-    native = str(head.weight.dtype).removeprefix("torch.")
-    default = {"top_k": "float16", "sampled": "float32"}.get(kind, native)
-    rows = head.vocabulary if vocabulary is None else vocabulary
-    spec = {
-        "schema": SCHEMA,
-        "kind": kind,
-        "k": DEFAULT_K.get(kind, 0) if k is None else k,
-        "dtype": dtype or default,
-        "temperature": float(temperature),
-        "seed": seed if kind == "sampled" else 0,
-        "vocab_size": head.vocabulary,
-        "vocabulary": rows,
-        "context": corpus.context,
-        "corpus_sha256": corpus_digest(corpus),
-        "teacher_sha256": teacher_sha256,
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-    _check_settings(spec, corpus)
-    check_head(teacher)
-    writer = _Writer(teacher, head, corpus, out, spec, batch_size, shard_bytes)
+    writer = Writer(teacher, corpus_folder, out, kind, k, dtype, **settings)
+    writer.start()
+    writer.part()
+    return merge(out)
+
+
+class Writer:
+    """A teacher, a corpus and a folder: what to store, and how far it has come."""
+
+    def __init__(
+        self,
+        teacher: Any,
+        corpus_folder: Path,
+        out: Path,
+        kind: str,
+        k: int | None = None,
+        dtype: str | None = None,
+        *,
+        teacher_sha256: str,
+        tokenizer_sha256: str = "",
+        temperature: float = 1.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        vocabulary: int | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        order_seed: int | None = None,
+    ) -> None:
+        """`kind`: `hidden`, `top_k` or `sampled` (random-sampling KD, arXiv 2503.16870).
+
+        `k`: entries of `top_k`, draws of `sampled`; `dtype` of hidden states (default: the
+        teacher's own, which is exact) or log-probabilities (default float16). `vocabulary`: rows of
+        the head that count (default all). `temperature` softens `top_k` and `sampled`; hidden
+        states serve any. `order_seed`: training rows in the order in which students of that seed
+        see them first (default: the corpus' order).
+        Raises `StoredError` on settings that make no sense and on a corpus of another vocabulary.
+        """
+        self.teacher, self.corpus, self.out = teacher, Corpus(corpus_folder), Path(out)
+        self.batch_size = batch_size
+        self.head = head_of(teacher).detach()
+        native = str(self.head.weight.dtype).removeprefix("torch.")
+        default = {"top_k": "float16", "sampled": "float32"}.get(kind, native)
+        self.spec: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "k": DEFAULT_K.get(kind, 0) if k is None else k,
+            "dtype": dtype or default,
+            "temperature": float(temperature),
+            "seed": seed if kind == "sampled" else 0,
+            "order_seed": order_seed,
+            "vocab_size": self.head.vocabulary,
+            "vocabulary": self.head.vocabulary if vocabulary is None else vocabulary,
+            "context": self.corpus.context,
+            "rows": {split: len(self.corpus.rows(split)) for split in SPLITS},
+            "corpus_sha256": corpus_digest(self.corpus),
+            "teacher_sha256": teacher_sha256,
+            "tokenizer_sha256": tokenizer_sha256,
+        }
+        _check_settings(self.spec, self.corpus)
+        check_head(teacher)
+        self.encode = Encoder(self.head, self.spec)
+        row_bytes = self.encode.bytes_per_token * self.corpus.context
+        self.rows_per_shard = max(1, shard_bytes // row_bytes)
+
+    def start(self) -> dict[str, Any]:
+        """Write the start record, and the head of kind `hidden`; returns the record.
+
+        An earlier one of the same settings stays as it is, its size of shards too.
+        Raises `StoredError` on a folder of another teacher, corpus or setting, and a full disk.
+        """
+        path = self.out / START
+        with _space(self.out):
+            start = self._earlier()
+            if self.spec["kind"] == "hidden" and not self._head_is_whole(start):
+                start["head"] = self._write_head()
+                path.unlink(missing_ok=True)
+            if not path.exists():
+                write_json(path, start)
+        return start
+
+    def part(self, part: int = 0, parts: int = 1) -> None:
+        """Write the shards of a part that are not there yet, then the part's record.
+
+        Raises `StoredError` without a start record or with one of other settings, on an output
+        that is no number, and on a full disk.
+        """
+        if not 0 <= part < parts:
+            raise StoredError(f"part {part} of {parts}: parts are counted from 0 to {parts - 1}")
+        start = self._started()
+        steps = missing_of(self.out, start, part, parts)
+        if steps:
+            (self.out / MANIFEST).unlink(missing_ok=True)  # it says that nothing is missing
+        total = len(shards_of(start)[part::parts])
+        title = "teacher outputs" if parts == 1 else f"teacher outputs, part {part} of {parts}"
+        was_training = self.teacher.training
+        self.teacher.eval()
+        try:
+            with _space(self.out), Progress(title, total, total - len(steps)) as progress:
+                self._tidy({stem(*shard) for shard in steps})
+                for split, index in steps:
+                    record = self._shard(start, split, index)
+                    record["start"] = identity(start)
+                    write_json(self.out / f"{stem(split, index)}.json", record)
+                    progress.advance(stem(split, index))
+                name = f"part-{part:05d}-of-{parts:05d}.json"
+                write_json(self.out / name, {"start": identity(start), "shards": total})
+        finally:
+            self.teacher.train(was_training)
+
+    def _started(self) -> dict[str, Any]:
+        """The start record, which has to be that of these settings."""
+        start = read_start(self.out)
+        self._same(start)
+        if self.spec["kind"] == "hidden" and not self._head_is_whole(start):
+            raise StoredError(f"{self.out / HEAD}: missing or cut off; write the start again")
+        return start
+
+    def _same(self, found: Mapping[str, Any]) -> None:
+        other = [key for key, value in self.spec.items() if found.get(key) != value]
+        if other:
+            raise StoredError(
+                f"{self.out}: holds teacher outputs with another {other[0]}; remove it or name "
+                "another folder"
+            )
+
+    def _earlier(self) -> dict[str, Any]:
+        """The start record of an earlier call, or a new one in a folder that may have it."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for path in self.out.iterdir():
+            if not _OURS.fullmatch(path.name):
+                raise StoredError(
+                    f"{self.out}: holds other files; remove it or name another folder"
+                )
+        self._tidy({Path(name).stem for name in (HEAD, START, MANIFEST)})
+        start: dict[str, Any]
+        for name in (START, MANIFEST):
+            if (self.out / name).exists():
+                start = read_json(self.out / name)
+                self._same(start)
+                if name == START:
+                    return start
+                return {key: start[key] for key in (*self.spec, "rows_per_shard")}
+        start = {**self.spec, "rows_per_shard": self.rows_per_shard}
+        # a workflow removes the start record before it is written again; shards tell whose they are
+        for split, index in shards_of(start):
+            find(self.out, start, split, index)
+        return start
+
+    def _tidy(self, stems: set[str]) -> None:
+        """Remove temporary files that an earlier job left when it was killed."""
+        for path in self.out.glob(".*"):
+            if path.name.split(".")[1] in stems:
+                path.unlink()
+
+    def _head_is_whole(self, start: Mapping[str, Any]) -> bool:
+        path = self.out / HEAD
+        return "head" in start and path.exists() and path.stat().st_size == start["head"]["bytes"]
+
+    def _write_head(self) -> dict[str, Any]:
+        from safetensors.torch import save_file
+
+        tensors = {"weight": self.head.weight.contiguous().cpu()}
+        if self.head.bias is not None:
+            tensors["bias"] = self.head.bias.contiguous().cpu()
+        path = self.out / HEAD
+        with replacing(path) as temporary:
+            save_file(tensors, str(temporary))
+        return {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": file_digest(path),
+            "scale": self.head.scale,
+            "softcap": self.head.softcap,
+        }
+
+    @torch.no_grad()
+    def _shard(self, start: Mapping[str, Any], split: str, index: int) -> dict[str, Any]:
+        """Compute and write a shard's arrays; returns its record."""
+        numbers = rows_of(start, split, index)  # (R,)
+        rows = np.asarray(self.corpus.rows(split)[numbers])
+        marked = self.corpus.boundaries(split)[numbers] if self.corpus.isolated else None
+        parts: list[Arrays] = []
+        measured: Sums = {}
+        for first in range(0, len(rows), self.batch_size):
+            some = slice(first, first + self.batch_size)
+            tokens = torch.from_numpy(rows[some].astype(np.int64))
+            tokens = tokens.to(self.head.weight.device)
+            marks = None
+            real = torch.ones_like(tokens, dtype=torch.bool)
+            if marked is not None:
+                marks = torch.from_numpy(np.array(marked[some])).to(tokens.device)
+                real = marks != PADDING
+            # a model in pieces may end on another device than its head is on
+            hidden = rows_hidden(self.teacher, tokens, marks).to(tokens.device)
+            if not bool(torch.isfinite(hidden).all()):
+                raise StoredError(
+                    f"{self.out}: the teacher gave a value that is no number for rows "
+                    f"{_listed(numbers[some])} of {split}; check its weights and dtype"
+                )
+            arrays, sums = self.encode(hidden, real, split, numbers[some].tolist(), first)
+            parts.append(arrays)
+            for name, value in sums.items():
+                measured[name] = measured.get(name, 0.0) + value
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        arrays["check"] = row_checks(rows)
+        files = {
+            name: _save(self.out / f"{stem(split, index)}.{name}.npy", array)
+            for name, array in arrays.items()
+        }
+        first = index * start["rows_per_shard"]
+        return {"first": first, "rows": len(rows), "files": files, "measured": measured}
+
+
+def read_start(out: Path) -> dict[str, Any]:
+    """The start record of a folder; raises `StoredError` when there is none."""
     try:
-        return writer.write()
+        start: dict[str, Any] = read_json(Path(out) / START)
+    except ValueError as error:
+        raise StoredError(f"{error}: write the start of the teacher's outputs first") from error
+    return start
+
+
+def merge(out: Path) -> dict[str, Any]:
+    """Write the manifest of a folder whose shards are all there, and return it.
+
+    It has `bytes_per_token` and `loss`, in nats per token: `kl`, KL(teacher || stored) (of `top_k`
+    with the missing mass even over the other tokens); for `sampled` the mean deviation of the
+    estimate, zero but for its `standard_error`. The same whoever wrote which shard.
+    Raises `StoredError` when a shard is missing or cut off, and on a full disk.
+    """
+    out = Path(out)
+    start = read_start(out)
+    missing = missing_of(out, start)
+    if missing:
+        raise StoredError(
+            f"{out}: {len(missing)} of {len(shards_of(start))} shards are missing, the first is "
+            f"{stem(*missing[0])}; run the parts again, each goes on where it stopped"
+        )
+    shards: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for split, index in sorted(shards_of(start)):
+        record = find(out, start, split, index)
+        assert record is not None
+        shards[split].append(record)
+    records = [record for split in SPLITS for record in shards[split]]
+    tokens = sum(start["rows"].values()) * start["context"]
+    stored = sum(file["bytes"] for record in records for file in record["files"].values())
+    manifest = {
+        **start,
+        "complete": True,
+        "shards": shards,
+        "tokens": tokens,
+        "bytes_per_token": stored / tokens,
+        "loss": mean_loss(record["measured"] for record in records),
+    }
+    with _space(out):
+        write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+@contextmanager
+def _space(out: Path) -> Iterator[None]:
+    """A failed write as one line that says what to do."""
+    try:
+        yield
     except OSError as error:
         remedy = "make room and run" if error.errno in _FULL else "then run"
         raise StoredError(
             f"{out}: {error.strerror or error}; the shards written so far are kept: {remedy} the "
             "same command again"
         ) from error
+
+
+def _listed(numbers: NDArray[np.int64]) -> str:
+    """Row numbers of a batch: a range where they are one."""
+    if len(numbers) > 1 and bool((np.diff(numbers) == 1).all()):
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def _check_settings(spec: Mapping[str, Any], corpus: Corpus) -> None:
@@ -132,152 +375,6 @@ def _check_settings(spec: Mapping[str, Any], corpus: Corpus) -> None:
             f"{corpus.folder}: tokenised with another tokenizer than the teacher's; build the "
             "corpus with a tokenizer of the teacher's family"
         )
-
-
-class _Writer:
-    """One job of writing: what to store, where, and how far it has come."""
-
-    def __init__(
-        self,
-        teacher: Any,
-        head: LogitHead,
-        corpus: Corpus,
-        out: Path,
-        spec: dict[str, Any],
-        batch_size: int,
-        shard_bytes: int,
-    ) -> None:
-        self.teacher, self.head, self.corpus, self.out = teacher, head, corpus, out
-        self.spec, self.batch_size = spec, batch_size
-        self.encode = Encoder(head, spec)
-        row_bytes = self.encode.bytes_per_token * corpus.context
-        self.rows_per_shard = max(1, shard_bytes // row_bytes)
-
-    def write(self) -> dict[str, Any]:
-        """Everything that is not there yet; returns the manifest."""
-        manifest = self._begin()
-        path = self.out / "manifest.json"
-        counts = {split: len(self.corpus.rows(split)) for split in SPLITS}
-        size = manifest["rows_per_shard"]
-        steps = [
-            (split, index)
-            for split in SPLITS
-            for index in range(-(-counts[split] // size))
-            if index >= len(manifest["shards"][split]) or not manifest["shards"][split][index]
-        ]
-        total = sum(-(-counts[split] // size) for split in SPLITS)
-        was_training = self.teacher.training
-        self.teacher.eval()
-        try:
-            with Progress("teacher outputs", total, total - len(steps)) as progress:
-                for split, index in steps:
-                    shards = manifest["shards"][split]
-                    last = min((index + 1) * size, counts[split])
-                    record = self._shard(split, index, index * size, last)
-                    shards[index : index + 1] = [record]
-                    write_json(path, manifest)
-                    progress.advance(f"{split} rows to {last}")
-        finally:
-            self.teacher.train(was_training)
-        records = [shard for split in SPLITS for shard in manifest["shards"][split]]
-        tokens = sum(counts.values()) * self.corpus.context
-        stored = sum(file["bytes"] for shard in records for file in shard["files"].values())
-        manifest |= {
-            "complete": True,
-            "rows": counts,
-            "tokens": tokens,
-            "bytes_per_token": stored / tokens,
-            "loss": mean_loss(shard["measured"] for shard in records),
-        }
-        write_json(path, manifest)
-        return manifest
-
-    def _begin(self) -> dict[str, Any]:
-        """The manifest of an earlier, interrupted call, or a new one."""
-        path = self.out / "manifest.json"
-        if path.exists():
-            manifest: dict[str, Any] = read_json(path)
-            other = [key for key, value in self.spec.items() if manifest.get(key) != value]
-            if other:
-                raise StoredError(
-                    f"{self.out}: holds teacher outputs with another {other[0]}; remove it or name "
-                    "another folder"
-                )
-            for shards in manifest["shards"].values():
-                for index, shard in enumerate(shards):  # missing or cut off: written again
-                    shards[index] = shard if shard and self._is_whole(shard) else None
-            manifest["complete"] = False
-            if self.spec["kind"] == "hidden" and not (self.out / "head.safetensors").exists():
-                manifest["head"] = self._write_head()
-            return manifest
-        if self.out.exists() and any(self.out.iterdir()):
-            raise StoredError(f"{self.out}: holds other files; remove it or name another folder")
-        self.out.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            **self.spec,
-            "complete": False,
-            "rows_per_shard": self.rows_per_shard,
-            "shards": {split: [] for split in SPLITS},
-        }
-        if self.spec["kind"] == "hidden":
-            manifest["head"] = self._write_head()
-        write_json(path, manifest)
-        return manifest
-
-    def _is_whole(self, shard: Mapping[str, Any]) -> bool:
-        paths = [(self.out / file["name"], file["bytes"]) for file in shard["files"].values()]
-        return all(path.exists() and path.stat().st_size == size for path, size in paths)
-
-    def _write_head(self) -> dict[str, Any]:
-        from safetensors.torch import save_file
-
-        tensors = {"weight": self.head.weight.contiguous().cpu()}
-        if self.head.bias is not None:
-            tensors["bias"] = self.head.bias.contiguous().cpu()
-        path = self.out / "head.safetensors"
-        with replacing(path) as temporary:
-            save_file(tensors, str(temporary))
-        return {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": file_digest(path),
-            "scale": self.head.scale,
-            "softcap": self.head.softcap,
-        }
-
-    @torch.no_grad()
-    def _shard(self, split: str, index: int, first: int, last: int) -> dict[str, Any]:
-        """Compute and write rows [first, last); returns the shard's record."""
-        rows = np.asarray(self.corpus.rows(split)[first:last])
-        parts: list[Arrays] = []
-        measured: Sums = {}
-        for start in range(0, len(rows), self.batch_size):
-            tokens = torch.from_numpy(rows[start : start + self.batch_size].astype(np.int64))
-            tokens = tokens.to(self.head.weight.device)
-            marks = None
-            real = torch.ones_like(tokens, dtype=torch.bool)
-            if self.corpus.isolated:
-                part = self.corpus.boundaries(split)[first + start : first + start + len(tokens)]
-                marks = torch.from_numpy(np.array(part)).to(tokens.device)
-                real = marks != PADDING
-            hidden = rows_hidden(self.teacher, tokens, marks)
-            if not bool(torch.isfinite(hidden).all()):
-                raise StoredError(
-                    f"{self.out}: the teacher gave a value that is no number for rows "
-                    f"{first + start} to {first + start + len(tokens) - 1} of {split}; check its "
-                    "weights and dtype"
-                )
-            arrays, sums = self.encode(hidden, real, split, first + start, start)
-            parts.append(arrays)
-            for name, value in sums.items():
-                measured[name] = measured.get(name, 0.0) + value
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        arrays["check"] = row_checks(rows)
-        files = {
-            name: _save(self.out / f"{split}-{index:05d}.{name}.npy", array)
-            for name, array in arrays.items()
-        }
-        return {"first": first, "rows": last - first, "files": files, "measured": measured}
 
 
 def _save(path: Path, array: NDArray[Any]) -> dict[str, Any]:

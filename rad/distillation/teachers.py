@@ -80,15 +80,17 @@ class StoredTeacher(Teacher):
         tokenizer_sha256: str | None = None,
         device: torch.device | str = "cpu",
         verify: bool = False,
+        wait_minutes: float | None = None,
     ) -> None:
         """`vocab_size`, `tokenizer_sha256`: the student's (default: the corpus' tokenizer).
 
         `teacher_sha256`: the teacher expected.
 
-        `verify` compares every file with its digest. Raises `StoredError` when the outputs are
+        `verify` compares every file with its digest. With `wait_minutes`, shards that are still to
+        come are waited for, until none came for so long. Raises `StoredError` when the outputs are
         incomplete or damaged, or of another corpus, teacher or vocabulary.
         """
-        self.outputs = StoredOutputs(folder, verify=verify)
+        self.outputs = StoredOutputs(folder, verify=verify, wait_minutes=wait_minutes)
         self.device = torch.device(device)
         stored = self.outputs.manifest
         if stored["corpus_sha256"] != corpus_digest(corpus):

@@ -92,7 +92,12 @@ def context_limit(settings: EvaluationSettings, tokenizer_path: str) -> int:
 
 
 def _requested(
-    settings: EvaluationSettings, tokenizer: str, root: Path, count: Count, limit: int
+    settings: EvaluationSettings,
+    tokenizer: str,
+    root: Path,
+    count: Count,
+    limit: int,
+    ruler: Path | None,
 ) -> Iterable[Concrete]:
     """The concrete tasks of every configured one, missing data as a task without documents."""
     for task, options in settings.tasks.items():
@@ -109,6 +114,7 @@ def _requested(
             tokenizer=tokenizer,
             offline=settings.offline,
             chat_template=settings.chat_template,
+            ruler=ruler,
         )
         try:
             found = KINDS[options.kind].build(request)
@@ -252,17 +258,19 @@ def build_tasks(
     tokenizer_path: str,
     output: Path,
     external_root: Path = Path("."),
+    ruler: Path | None = None,
 ) -> dict[str, Any]:
     """Write documents, task files, probe and manifest of all tasks below `output`.
 
-    Returns the manifest. Data files of the settings are relative to `external_root`. Lengths are
-    measured with the tokenizer of the folder `tokenizer_path`. Raises `TaskError` (a `ValueError`)
-    with one line when a file is missing or a prompt does not fit the context; nothing is written
-    before all tasks are known to be sound.
+    Returns the manifest. Data files of the settings are relative to `external_root`; `ruler` is a
+    folder with documents that `rad ruler` made. Lengths are measured with the tokenizer of the
+    folder `tokenizer_path`. Raises `TaskError` (a `ValueError`) with one line when a file is
+    missing or a prompt does not fit the context; nothing is written before all tasks are known to
+    be sound.
     """
     count = counter(tokenizer_path)
     limit = context_limit(settings, tokenizer_path)
-    every = list(_requested(settings, tokenizer_path, external_root, count, limit))
+    every = list(_requested(settings, tokenizer_path, external_root, count, limit, ruler))
     names = [concrete.name for concrete in every]
     if twice := {name for name in names if names.count(name) > 1}:
         raise TaskError(f"evaluation.tasks: two tasks are called {min(twice)!r}")

@@ -11,7 +11,7 @@ import gc
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rad.evaluation.memory import head_dim, predicted_cache, step_bytes
@@ -70,6 +70,13 @@ def _line(contexts: Sequence[int], sizes: Sequence[float]) -> tuple[float, float
     run = contexts[-1] - contexts[-2]
     slope = (sizes[-1] - sizes[-2]) / run
     return slope, sizes[-1] - slope * contexts[-1]
+
+
+def _in_turn(parts: Iterable[Iterator[None]]) -> None:
+    """Advance each in turn until all are through: what disturbs one disturbs its neighbour too."""
+    left = list(parts)
+    while left:
+        left = [part for part in left if next(part, StopIteration) is None]
 
 
 class _Meter:
@@ -142,17 +149,17 @@ class _Meter:
         self.scratch = max(0, peak.bytes - size) / (context * batch_size)
         return int(peak.bytes)
 
-    def measure(self, context: int, batch_size: int, weights: int) -> None:
-        """Measure one point and add it to `points`."""
+    def _measure(self, context: int, batch_size: int, weights: int) -> Iterator[None]:
+        """Measure one point and add it to `points`; yields between passes, holding no cache."""
         grown = self._peak(context, batch_size) if self.peak_memory else None
         # the better of two passes: what else the machine does only makes them slower
         half, passes = max(1, self.decode_tokens // 2), []
-        cache, tokens, *seconds = self.prefill(context, batch_size)
-        passes.append((*seconds, self.decode(cache, tokens, half)))
-        del cache
-        cache, tokens, *seconds = self.prefill(context, batch_size)
-        held, flops = cache_bytes(cache), flops_per_token(self.model, cache, batch_size)
-        passes.append((*seconds, self.decode(cache, tokens, max(1, self.decode_tokens - half))))
+        for steps in (half, max(1, self.decode_tokens - half)):
+            yield
+            cache, tokens, *seconds = self.prefill(context, batch_size)
+            held, flops = cache_bytes(cache), flops_per_token(self.model, cache, batch_size)
+            passes.append((*seconds, self.decode(cache, tokens, steps)))
+            del cache, tokens
         prefills, first_tokens, speeds = zip(*passes, strict=True)
         formula = predicted_cache(self.model, context)
         self.points.append(
@@ -173,8 +180,13 @@ class _Meter:
             }
         )
 
-    def try_point(self, context: int, batch_size: int, held: int, weights: int, limit: int) -> None:
-        """Measure a point, or add it to `skipped` with the reason."""
+    def point(
+        self, context: int, batch_size: int, *, held: int, weights: int, limit: int
+    ) -> Iterator[None]:
+        """Measure a point, or add it to `skipped` with the reason; yields between passes.
+
+        `held` are the bytes of all weights in memory, `weights` those of this model.
+        """
         from rad.evaluation.live_memory import is_out_of_memory
 
         needed = self.needs(context, batch_size, held)
@@ -188,7 +200,7 @@ class _Meter:
             reason = f"needs about {needed:,} bytes, the limit is {limit:,}"
         if reason is None:
             try:
-                self.measure(context, batch_size, weights)
+                yield from self._measure(context, batch_size, weights)
                 return
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
@@ -251,9 +263,10 @@ def measure(
     `cache_bytes` is per sequence. `kv_bytes_per_token` and `state_bytes` are slope and intercept of
     cache bytes through the two longest contexts; `flops_per_token` is at the longest context.
     Times are the better of two passes, each with a prefill and the median step of half of
-    `decode_tokens`; the first token's is from the prompt on the host to the token on the host. `points` are of the first
-    batch size, `batch_points` of the others. With `compare_base` the base takes turns with a
-    hybrid: `base`, or the base's shape where none is given. Raises `ValueError` on bad contexts.
+    `decode_tokens`; the first token's is from the prompt on the host to the token on the host.
+    `points` are of the first batch size, `batch_points` of the others. With `compare_base` the base
+    takes turns with a hybrid: `base`, or the base's shape where none is given. Raises `ValueError`
+    on bad contexts.
     """
     import torch
 
@@ -282,10 +295,12 @@ def measure(
                 meter.decode(*meter.prefill(ordered[0], 1)[:2], 1)  # warm-up
             for batch in batches:
                 for context in ordered:
-                    for name, meter in meters.items():
-                        if progress is not None:
-                            progress(f"{name}: {context:,} tokens x {batch}")
-                        meter.try_point(context, batch, held, weights[name], limit)
+                    if progress is not None:
+                        progress(f"{context:,} tokens x {batch}")
+                    _in_turn(
+                        meter.point(context, batch, held=held, weights=weights[name], limit=limit)
+                        for name, meter in meters.items()
+                    )
             records = {name: meter.record(batches[0]) for name, meter in meters.items()}
     finally:
         model.train(was_training)

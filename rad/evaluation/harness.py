@@ -116,20 +116,24 @@ def _sample(entry: dict[str, Any], logged: dict[str, Any], lm: HarnessModel) -> 
         "metrics": _numbers(logged),
         "prompt": document.get("prompt", ""),
         "target": document.get("target", document.get("text", "")),
-        "response": logged["resps"][0][0],
+        "response": "",
         "subtask": entry["subtask"],
         "length": entry["length"],
     }
-    if entry["output_type"] == "loglikelihood_rolling":
-        record["response"] = ""
+    if entry["output_type"] == "generate_until":
+        (responses,) = logged["resps"]
+        record["response"] = responses[0]
+        if len(responses) > 1:
+            record["responses"] = responses
+    elif entry["output_type"] == "loglikelihood_rolling":
         record["tokens"] = document["tokens"]  # the weight of this document in the perplexity
-    elif entry["output_type"] == "multiple_choice":
-        values = [value for ((value, _),) in logged["resps"][: len(document["choices"])]]
-        record["target"] = document["choices"][document["gold"]]
-        record["response"] = document["choices"][values.index(max(values))]
-        record["loglikelihoods"] = values
-    elif len(logged["resps"][0]) > 1:
-        record["responses"] = logged["resps"][0]
+    else:
+        record["loglikelihoods"] = [value for ((value, _greedy),) in logged["resps"]]
+    if entry["output_type"] == "multiple_choice":
+        options = document.get("contexts") or document["choices"]
+        values = record["loglikelihoods"][: len(options)]
+        record["target"] = options[document["gold"]]
+        record["response"] = options[values.index(max(values))]
     if answers := lm.answers.get((entry["name"], logged["doc_id"])):
         record["new_tokens"] = sum(answer.new_tokens for answer in answers)
         record["truncated"] = any(answer.truncated for answer in answers)
@@ -138,8 +142,11 @@ def _sample(entry: dict[str, Any], logged: dict[str, Any], lm: HarnessModel) -> 
 
 def _described(entry: dict[str, Any], lm: HarnessModel) -> dict[str, Any]:
     """What `evaluation.json` says about a task beside its scores."""
-    kept = ("metric", "higher_is_better", "family", "task", "subtask", "length")
+    kept = ("metric", "metrics", "higher_is_better", "family", "task", "subtask", "length")
     found = {key: entry[key] for key in kept}
+    # what the documents are not: real, or the published set
+    labels = ("synthetic", "stand_in")
+    found |= {key: entry["facts"][key] for key in labels if key in entry.get("facts", {})}
     if entry["status"] == "missing":
         return found | {"n": 0}
     found["n"] = entry["samples"]
@@ -192,6 +199,8 @@ def evaluate(
         if found is not None:
             evaluation, samples = found
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+            # never the evaluation of one run beside the samples of another
+            (output / "evaluation.json").unlink(missing_ok=True)
             write_text(output / "samples.jsonl", lines)
             write_json(output / "evaluation.json", evaluation)
         shared: dict[str, Any] = sharing.exchange(found and found[0])[0]
@@ -225,7 +234,7 @@ def _evaluate(
             report = None
             if progress and sharing.first():
                 print(cost.text(manifest), file=sys.stderr, flush=True)
-                bar = stack.enter_context(Progress("evaluation", total.prompts))
+                bar = stack.enter_context(Progress("evaluation", total.prompts, unit="prompt"))
                 report = cost.Tracker(rows, bar).report
             lm = HarnessModel(model, tokenizer, batch_size, limit, report)
             if not sharing.first():

@@ -14,8 +14,10 @@ from rad.evaluation.documents import (
     zeroeval,
 )
 from rad.evaluation.request import Kind
+from rad.evaluation.ruler import build as ruler_build
 from rad.evaluation.scoring import choices, contains, literals, numbers, perplexity
 from rad.evaluation.scoring import cruxeval as cruxeval_scoring
+from rad.evaluation.scoring import ruler as ruler_scoring
 from rad.evaluation.scoring import zeroeval as zeroeval_scoring
 
 _NUMBERS = ("exact_match", "flexible_match", "semantic_match", "no_answer")
@@ -31,6 +33,7 @@ KINDS: dict[str, Kind] = {
         "ruler", ("exact_match", "string_match"), nano.build_ruler, contains.ruler_results
     ),
     "ruler_text": Kind("ruler", _STRINGS, ruler_text.build, contains.ruler_results),
+    "ruler": Kind("ruler", ("string_match",), ruler_build.build, ruler_scoring.ruler_results),
     "gsm8k": Kind("gsm8k", _NUMBERS, gsm8k.build, numbers.gsm_results),
     "gsm8k_cot": Kind("gsm8k", _NUMBERS, gsm8k.build, numbers.gsm_cot_results),
     "gsm8k_cot_llama": Kind("gsm8k", _NUMBERS, gsm8k.build, numbers.gsm_cot_llama_results),

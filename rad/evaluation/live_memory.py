@@ -2,8 +2,9 @@
 
 On a CUDA device the peak is the allocator's (`torch.cuda.max_memory_allocated`). Elsewhere it is
 the peak of live tensors: every storage that an operation returns is counted from then until it is
-freed. Scratch space inside a single operation is not seen there (measured against the profiler's
-record of the CPU allocator: 3 % of the peak), nor what the C library keeps for itself.
+freed. What a single operation allocates and frees inside is not seen there, nor what the C library
+keeps for itself; on the nano models the peak is the profiler's record of the CPU allocator to the
+byte.
 """
 
 from __future__ import annotations

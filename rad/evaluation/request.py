@@ -34,6 +34,7 @@ class Request:
     tokenizer: str  # checkpoint folder or hub id
     offline: bool = False
     chat_template: str | None = None
+    ruler: Path | None = None  # folder with documents of `rad ruler`, a folder per task
 
     def rows(self, dataset: str, files: list[str] | None = None) -> Rows:
         """The rows of a known data set: from `files`, the data folder or the hub.

@@ -125,11 +125,20 @@ def unreachable(source: str, revision: str | None) -> ModelError:
     )
 
 
-def load(source: str, *, revision: str | None = None, dtype: str = "float32") -> Any:
+def load(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device_map: str | Mapping[str, str | int] | None = None,
+) -> Any:
     """The model of a source, in evaluation mode.
 
+    `device_map` is that of transformers: `auto` lays the layers over all visible GPUs, a mapping
+    names a device for every part; it needs accelerate. Default: whole, on the CPU.
     Raises `ModelError` when a file is corrupt, or a tensor is missing, extra or of another shape:
-    the library would only warn and go on with random weights.
+    the library would only warn and go on with random weights. Also when a `device_map` leaves
+    weights outside of the devices' memory, to be fetched for every call.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -137,6 +146,7 @@ def load(source: str, *, revision: str | None = None, dtype: str = "float32") ->
     path = resolve(source)
     if isinstance(path, Path):
         check_files(source, path)
+    placed = {} if device_map is None else {"device_map": _placed(source, device_map)}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -144,6 +154,7 @@ def load(source: str, *, revision: str | None = None, dtype: str = "float32") ->
             dtype=getattr(torch, dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, with one line instead of a table
+            **placed,
         )
     except OSError as error:
         raise unreachable(source, revision) from error
@@ -159,7 +170,24 @@ def load(source: str, *, revision: str | None = None, dtype: str = "float32") ->
                 f"model {source!r}: the weights have {kind} tensors: {names[0]}{more}; they do not "
                 "belong to this config.json"
             )
+    outside = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if outside:
+        raise ModelError(
+            f"model {source!r}: {len(outside)} tensors ({outside[0]} first) do not fit in the "
+            f"memory that device_map {device_map!r} has; give it more GPUs or a smaller dtype"
+        )
     return model.eval()
+
+
+def _placed(
+    source: str, device_map: str | Mapping[str, str | int]
+) -> str | Mapping[str, str | int]:
+    """The device map, when the library that lays a model over devices is there."""
+    from importlib.util import find_spec
+
+    if find_spec("accelerate") is None:
+        raise ModelError(f"model {source!r}: a device_map needs accelerate; pip install accelerate")
+    return device_map
 
 
 def check_files(source: str, folder: Path) -> None:

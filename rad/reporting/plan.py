@@ -301,7 +301,7 @@ def table_names(study: Study) -> list[str]:
         if shared_budgets(study):
             names.append("agreement")
         names.append("heldout")
-    return [*names, "efficiency"]
+    return [*names, "efficiency", "speed"]
 
 
 def figure_names(study: Study) -> list[str]:
@@ -327,6 +327,9 @@ def figure_names(study: Study) -> list[str]:
         if trained(study, cells(study, "faithful")):
             names.append("convergence_faithful")
         names.append("placements_faithful")
+    names.append("speed")
+    if len(set(study.evaluation.efficiency.batch_sizes)) > 1:
+        names.append("speed_batches")
     return names
 
 

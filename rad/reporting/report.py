@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from rad.files import write_text
 from rad.reporting import (
     convergence_figures,
+    efficiency_figures,
     figures,
     placement_map,
     ruler_figures,
@@ -43,6 +44,10 @@ from rad.reporting.writers import Table, count, duration
 from rad.study import Study
 
 _ALT = {
+    "speed": "Prefill and decoding speed, time to first token, peak memory and cache "
+    "against context length",
+    "speed_batches": "Prefill and decoding speed, time to first token, peak memory and cache "
+    "against batch size",
     "convergence_kl": "Held-out KL and agreement against distillation tokens, per teacher",
     "convergence_probe": "Probe score against distillation tokens, per task and teacher",
     "convergence_faithful": "Held-out KL of the faithful runs against distillation tokens",
@@ -71,6 +76,8 @@ def figure_makers(results: Results) -> dict[str, Callable[[], Figure]]:
         "score_vs_kv": partial(figures.score_vs_kv, results),
         "agreement": partial(selection_figures.agreement, results),
         "convergence_faithful": partial(convergence_figures.convergence_faithful, results),
+        "speed": partial(efficiency_figures.speed, results),
+        "speed_batches": partial(efficiency_figures.speed_batches, results),
     }
     for block in blocks(results.study):
         for name, maker in BLOCK_FIGURES.items():

@@ -22,7 +22,8 @@ ABOUT_ANSWERS = ("truncated", "new_tokens")
 class Task:
     """A scored task as the evaluation expanded it; `parent` is its name in the study.
 
-    `missing` is the reason why there are no documents, empty where there are.
+    `missing` is the reason why there are no documents, empty where there are; `label` says that the
+    documents are made up, or stand in for a published set.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     subtask: str | None = None
     length: int | None = None
     missing: str = ""
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,14 @@ def _task(name: str, record: Mapping[str, Any], about: Mapping[str, Any], where:
         parent=str(about.get("task", name)),
         subtask=None if subtask is None else str(subtask),
         length=None if length is None else int(length),
+        label=_label(about),
     )
+
+
+def _label(about: Mapping[str, Any]) -> str:
+    if about.get("stand_in"):
+        return "stand-in"
+    return "synthetic" if about.get("synthetic") else ""
 
 
 def _metrics(record: Mapping[str, Any], where: str) -> dict[str, float]:

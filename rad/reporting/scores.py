@@ -76,7 +76,17 @@ class Family:
         if self.is_perplexity:
             return "ppl ↓" if self.name == PERPLEXITY else f"{self.name}, ppl ↓"
         arrow = "↑" if self.higher_is_better else "↓"
-        return f"{self.name} % {arrow}" if self.is_share else f"{self.name} {arrow}"
+        name = f"{self.name} ({self.label})" if self.label else self.name
+        return f"{name} % {arrow}" if self.is_share else f"{name} {arrow}"
+
+    @property
+    def label(self) -> str:
+        """Says of documents that are not those of a published set: all of them, or some."""
+        labels = [task.label for task in self.tasks]
+        found = list(dict.fromkeys(label for label in labels if label))
+        if not found:
+            return ""
+        return f"{'' if all(labels) else 'partly '}{' and '.join(found)}"
 
 
 def _grouped(tasks: Iterable[Task]) -> dict[str, list[Task]]:

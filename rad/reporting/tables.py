@@ -10,6 +10,7 @@ from rad.reporting import (
     controlled_tables,
     convergence_table,
     cost_tables,
+    efficiency_tables,
     ruler_tables,
     sanity_tables,
     score_tables,
@@ -34,6 +35,7 @@ TABLES: dict[str, Callable[[Results], Table]] = {
     "agreement": selection_tables.agreement,
     "heldout": cost_tables.heldout,
     "efficiency": cost_tables.efficiency,
+    "speed": efficiency_tables.speed,
 }
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from rad.devices import chosen
 from rad.files import digest
 from rad.models.sources import describe, load, load_tokenizer
 from rad.placement import Budget, Placement, first_error
@@ -77,13 +78,14 @@ def run(
     aligned: Path | None = None,
     mixer: Mapping[str, Any] | None = None,
     state: Path | None = None,
+    device: str = "cpu",
 ) -> Placement:
     """Run a selector on a described base (`models/<name>/source.json`) and check its placement."""
     wanted = needs_of(settings)
     weights: dict[str, Any] = {}
     if "model" in wanted:
         where = {"revision": record["revision"]}
-        weights["model"] = load(record["source"], dtype=record["dtype"], **where)
+        weights["model"] = load(record["source"], dtype=record["dtype"], **where).to(chosen(device))
         weights["tokenizer"] = load_tokenizer(record["source"], **where)
     context = SelectionContext(
         base=record["name"],

@@ -22,6 +22,7 @@ rule tasks:
     input:
         model=HELPERS.tokenizer_model,
         files=HELPERS.task_files,
+        ruler=HELPERS.ruler_documents,
     output:
         "<results>/tasks/manifest.json",
     log:
@@ -33,6 +34,7 @@ rule tasks:
     params:
         settings=HELPERS.tasks,
         folder=subpath(output[0], parent=True),
+        ruler=HELPERS.ruler_folder,
     shell:
         "rad --threads {threads} tasks --settings {params.settings:q} --model {input.model} "
-        "--output {params.folder} > {log} 2>&1"
+        "--ruler {params.ruler} --output {params.folder} > {log} 2>&1"

@@ -91,12 +91,12 @@ def builder_of(
     return Builder(name, count, files, question_files(name, questions, root, data), wrap)
 
 
-def build(request: Request, prepared: Path | None = None) -> list[Concrete]:
+def build(request: Request) -> list[Concrete]:
     """One concrete task per sub-task and length, `<task>_<subtask>_<length>`.
 
-    Documents come from the files below `prepared` (see `store.py`), which are made where they are
-    missing; without it they are made in memory. A sub-task without data is a task that says what is
-    missing, or `MissingData` where the settings want an error.
+    Documents come from the files below `request.ruler` (see `store.py`), which are made where they
+    are missing; without it they are made in memory. A sub-task without data is a task that says
+    what is missing, or `MissingData` where the settings want an error.
     """
     settings, samples = request.settings, request.samples or request.settings.samples
     wrap = request.chat.wrap if settings.chat else None
@@ -110,8 +110,8 @@ def build(request: Request, prepared: Path | None = None) -> list[Concrete]:
         wrap,
     )
     store = None
-    if prepared is not None:
-        store = Store(prepared, builder, tokenizer_digest(request.tokenizer))
+    if request.ruler is not None:
+        store = Store(request.ruler / request.task, builder, tokenizer_digest(request.tokenizer))
 
     extra = [tasks.STAND_IN] * (tasks.STAND_IN in settings.subtasks)
     wanted = grid(request, [*tasks.TASKS, *extra])

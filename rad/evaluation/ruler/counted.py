@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import string
-from itertools import accumulate
 from random import Random
 
 from rad.evaluation.ruler import words
@@ -50,7 +49,7 @@ def draft_cwe(variant: Variant, rng: Random, meter: Meter, room: int) -> Draft:
         drawn += words.distinct("word", common + most - len(drawn), rng, set(drawn))
     frequent, rare = drawn[:common], drawn[common:]
     salt = rng.getrandbits(64)
-    costs = list(accumulate((meter.cost(f" {word}") for word in drawn[common:]), initial=0))
+    costs = meter.words(rare)
 
     def render(size: int, extra: int) -> str:
         listed = frequent * often + rare[:size] * seldom
@@ -58,7 +57,7 @@ def draft_cwe(variant: Variant, rng: Random, meter: Meter, room: int) -> Draft:
         return example + _cwe_texts(listed, common)[0]
 
     def estimate(size: int) -> int:
-        return seldom * (costs[size] + 3 * size)
+        return seldom * costs[size] + meter.numbered(common * often + seldom * size)
 
     return Draft(
         render=render,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from rad.evaluation.ruler.tasks import NEEDLE, NIAH_MANY, NIAH_ONE, NOISE, Ruler
 
 _DEPTHS = [round(100 * step / 39) for step in range(40)]
 _NOISE_LINE = " ".join(NOISE)
+_SAMPLE = 32  # lines that tell how long one is
 
 
 class Lines(NamedTuple):
@@ -76,16 +76,19 @@ def _among_needles(
 ) -> Lines:
     """Other needles of the same form around the one that is asked for."""
     key_kind, value_kind = kinds
-    # no tokenizer needs fewer than ten for such a line
-    most = room // 10 + 1
-    keys = words.distinct(key_kind, most, rng, taken)
-    values = words.distinct(value_kind, most, rng, taken)
-    lines = [
-        NEEDLE.format(kind=f"{value_kind}s", key=key, value=value)
-        for key, value in zip(keys, values, strict=True)
-    ]
-    sample = lines[:8]
-    each = max(1, meter.measure("".join(f"\n{line}" for line in sample)) // len(sample))
+
+    def drawn(wanted: int) -> list[str]:
+        keys = words.distinct(key_kind, wanted, rng, taken)
+        values = words.distinct(value_kind, wanted, rng, taken)
+        return [
+            NEEDLE.format(kind=f"{value_kind}s", key=key, value=value)
+            for key, value in zip(keys, values, strict=True)
+        ]
+
+    lines = drawn(_SAMPLE)
+    each = max(1, meter.measure("".join(f"\n{line}" for line in lines)) // _SAMPLE)
+    most = max(_SAMPLE, room * 5 // (4 * each))  # a quarter more than should fit
+    lines += drawn(most - _SAMPLE)
     depths = [rng.random() for _ in inserted]
     return _lines(inserted, depths, lambda size: lines[:size], each, most)
 
@@ -94,7 +97,7 @@ def _in_text(inserted: list[str], hay: Haystack, rng: Random, meter: Meter, room
     """Words of running text, with the needles between its sentences."""
     passage = hay.passage(rng.randrange(len(hay.paragraphs)), room)
     depths = sorted(rng.sample(_DEPTHS, len(inserted)))
-    costs = list(accumulate((meter.cost(f" {word}") for word in passage.words), initial=0))
+    costs = meter.words(passage.words)
 
     def write(size: int, extra: int) -> str:
         whole = bisect_left(passage.ends, size)  # sentences before the last one, which may be cut

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 from rad.evaluation.sources import Count
 
 LEAST_FILL = 0.9  # of length - new tokens
 _GUIDED = 6  # guesses led by estimates; halving from then on
+_SLACK = 400  # a guess aims at 1/400 below the room, so that most first guesses fit
+_ENOUGH = 100  # and the search ends within 1/100 of it
 Render = Callable[[int, int], str]  # (size, extra) -> text before the answer prefix
 
 
@@ -60,6 +63,8 @@ class Meter:
         self._count, self._wrap = count, wrap
         self._anchor = count("a")
         self._costs: dict[str, int] = {}
+        self._words: dict[str, int] = {}
+        self._numbered = [0]
 
     def prompt(self, text: str, prefix: str) -> str:
         """What the model continues: with the chat template, if there is one."""
@@ -79,6 +84,19 @@ class Meter:
         if known is None:
             known = self._costs[piece] = self.measure(piece)
         return known
+
+    def words(self, words: list[str]) -> list[int]:
+        """Tokens of the first 0, 1, 2, ... of the words, each behind a space."""
+        known = self._words
+        for word in {word for word in words if word not in known}:
+            known[word] = self.measure(f" {word}")
+        return list(accumulate(map(known.__getitem__, words), initial=0))
+
+    def numbered(self, items: int) -> int:
+        """Tokens of the numbers and dots of a list ` 1. ... 2. ...` of so many items."""
+        while len(self._numbered) <= items:
+            self._numbered.append(self._numbered[-1] + self.measure(f" {len(self._numbered)}."))
+        return self._numbered[items]
 
 
 def _guess(
@@ -103,19 +121,19 @@ def largest(
     most: int,
     room: int,
 ) -> tuple[int, int]:
-    """(size, tokens) of the largest size in [least, most] with `count(size) <= room`.
+    """(size, tokens) of the largest size in [least, most] with `count(size) <= room`, but for 1 %.
 
-    `count` should grow with the size. Stops early where the next unit would not fit either by the
+    `count` should grow with the size. The search also ends where the next unit would not fit by the
     estimate. Raises `Unfit` when `least` does not fit.
     """
     low, tokens, high, rate = least, count(least), most + 1, 1.0
     if tokens > room:
         raise Unfit(tokens)
     for step in range(64):
-        if high - low <= 1:
+        if high - low <= 1 or tokens >= room - room // _ENOUGH:
             break
         if step < _GUIDED:
-            middle = _guess(estimate, low, high, tokens, rate, room)
+            middle = _guess(estimate, low, high, tokens, rate, room - room // _SLACK)
         else:
             middle = (low + high) // 2
         counted = count(middle)

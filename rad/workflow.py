@@ -266,8 +266,9 @@ class Helpers:
             folder = f"<results>/runs/{name}"
             files += [f"{folder}/{part}" for part in ("curve.jsonl", "training.json")]
         # no student that reads shards as they appear asks for the jobs that write them
+        used = {run.teacher for run in self.study.run_table.values()}
         for name, settings in self.study.teacher_outputs.items():
-            if settings.stream:
+            if settings.stream and name in used:
                 files.append(f"<results>/teachers/{name}/manifest.json")
         return files
 

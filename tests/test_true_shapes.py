@@ -67,7 +67,13 @@ def settings_of(mixer: str, **changes: Any) -> dict[str, Any]:
     return kind(**{k: v for k, v in changes.items() if k in kind.model_fields}).model_dump()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+QUICK = ("meta-llama/Llama-3.2-1B", "Qwen/Qwen2.5-1.5B")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED],
+)
 def test_every_mixer_converts_the_true_shape(name: str) -> None:
     base, shape = hollow(name), Shape.of(table()[name])
     assert sizes(base) == Model(shape).parameters

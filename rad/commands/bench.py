@@ -32,21 +32,26 @@ def suites(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Any:
+    from pydantic import ValidationError
+
+    from rad.placement import first_error
     from rad.settings import EvaluationSettings
 
-    return EvaluationSettings.model_validate(
-        {
-            "suites": args.suite,
-            "tasks": args.tasks or {},
-            "data": str(args.data),
-            "offline": args.offline,
-            "samples": args.samples,
-            "batch_size": args.batch_size,
-            "max_length": args.max_length,
-            "chat_template": str(args.chat_template) if args.chat_template else None,
-            "probe_samples": 0,
-        }
-    )
+    values = {
+        "suites": args.suite,
+        "tasks": args.tasks or {},
+        "data": str(args.data),
+        "offline": args.offline,
+        "samples": args.samples,
+        "batch_size": args.batch_size,
+        "max_length": args.max_length,
+        "chat_template": str(args.chat_template) if args.chat_template else None,
+        "probe_samples": 0,
+    }
+    try:
+        return EvaluationSettings.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(first_error(error)) from error
 
 
 def _built(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
@@ -73,11 +78,16 @@ def _built(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
 
 def _table(evaluation: dict[str, Any], samples: Path) -> str:
     """Every metric with its 95 % interval and number of documents, missing data named."""
+    import numpy as np
+
     from rad.reporting.statistics import mean_estimate
 
     values: dict[tuple[str, str], list[float]] = {}
+    tokens: dict[str, list[float]] = {}
     for line in samples.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
+        if "token_nll" in row["metrics"]:
+            tokens.setdefault(row["task"], []).append(float(row["tokens"]))
         for metric, value in row["metrics"].items():
             values.setdefault((row["task"], metric), []).append(float(value))
     lines = [f"{'task':<26} {'metric':<16} {'value':>8} {'95 % interval':>19} {'n':>6}"]
@@ -90,6 +100,8 @@ def _table(evaluation: dict[str, Any], samples: Path) -> str:
     ):
         column = values[task, metric]
         found = mean_estimate([column])
+        if metric == "token_nll":  # a mean over tokens, shown as its exponential
+            metric, found = "perplexity", mean_estimate([column], np.exp, [tokens[task]])
         interval = f"[{found.low:.4f}, {found.high:.4f}]"
         lines.append(f"{task:<26} {metric:<16} {found.value:>8.4f} {interval:>19} {found.n:>6}")
     for task, reason in evaluation["rad"]["missing"].items():

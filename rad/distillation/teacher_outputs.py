@@ -223,14 +223,14 @@ class Writer:
         return "head" in start and path.exists() and path.stat().st_size == start["head"]["bytes"]
 
     def _write_head(self) -> dict[str, Any]:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"weight": self.head.weight.contiguous().cpu()}
         if self.head.bias is not None:
             tensors["bias"] = self.head.bias.contiguous().cpu()
         path = self.out / HEAD
         with replacing(path) as temporary:
-            save_file(tensors, str(temporary))
+            temporary.write_bytes(save(tensors))  # save_file hides why it could not write
         return {
             "name": path.name,
             "bytes": path.stat().st_size,

@@ -1,0 +1,254 @@
+"""The jobs of a study and what each costs; a job that several runs share is counted once.
+
+    corpus -> alignment, teacher outputs -> selection -> distil -> evaluate
+
+Which heads a selector will keep is not known yet: layers and heads are taken evenly spaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rad.estimate import flops, selection
+from rad.estimate.activations import WIDE, Precision
+from rad.estimate.distil import STATES, Distillation
+from rad.estimate.evaluation import scored
+from rad.estimate.jobs import Choice, Hardware, Job, halves, place
+from rad.estimate.memory import Memory, Step, peak
+from rad.estimate.shapes import BYTES, Model
+from rad.settings import needs_of
+from rad.study import Run, Study
+
+STAGES = ("corpus", "alignment", "teacher outputs", "selection", "distil", "evaluate")
+SHARED_LOGITS = 200_000_000  # as `rad.selection.candidates`
+
+
+class Estimate(Distillation):
+    """Every job of `study` on `hardware`; raises `ValueError` on a model of unknown shape."""
+
+    def __init__(self, study: Study, hardware: Hardware, configs: Path | None = None) -> None:
+        super().__init__(study, hardware, configs)
+        self.jobs: list[Job] = []
+        self.jobs += [self._corpus(name) for name in self._corpora()]
+        self.jobs += [self._alignment(*key, users) for key, users in self._alignments().items()]
+        self.jobs += [self._teacher(name) for name in study.teacher_outputs]
+        self.jobs += self._selections()
+        self.jobs += [self._distil(run) for run in study.run_table.values()]
+        scores = [(run.id, self.student(run), run.base) for run in study.run_table.values()]
+        scores += [(f"model-{name}", self.base(name), name) for name in study.references]
+        self.jobs += [
+            scored(study.evaluation, hardware, name, model, self.dtype(source))
+            for name, model, source in scores
+        ]
+
+    @property
+    def refused(self) -> list[Job]:
+        """Jobs that do not fit."""
+        return [job for job in self.jobs if not job.fits]
+
+    # --- jobs before the runs ---------------------------------------------------------------
+
+    def _corpora(self) -> list[str]:
+        study = self.study
+        used = [study.corpus, study.calibration]
+        used += [study.alignment.corpus] if study.alignment else []
+        return list(dict.fromkeys(used))
+
+    def _corpus(self, name: str) -> Job:
+        settings = self.study.corpora[name]
+        tokens = settings.tokens + settings.held_out_tokens
+        first = self.study.grid[0].base if self.study.grid else next(iter(self.study.models))
+        width = 2 if self.shape(first).vocabulary <= 2**16 else 4
+        return Job("corpus", name, tokens, disk=tokens * (width + 2), gpus=0)
+
+    def _alignments(self) -> dict[tuple[str, str], list[str]]:
+        """(base, mixer) -> who starts from that alignment."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for run in self.study.run_table.values():
+            if run.initialisation == "aligned":
+                found.setdefault((run.base, run.mixer), []).append(run.id)
+            settings = self.study.selector_settings[run.selector]
+            if "aligned" in needs_of(settings):
+                key = (run.base, self._selector_mixer(run.selector))
+                found.setdefault(key, []).append(f"selector {run.selector}")
+        return {key: list(dict.fromkeys(users)) for key, users in found.items()}
+
+    def _selector_mixer(self, selector: str) -> str:
+        settings = self.study.selector_settings[selector]
+        return str(getattr(settings, "mixer", None) or next(iter(self.study.mixers)))
+
+    def _alignment(self, base: str, mixer: str, users: list[str]) -> Job:
+        settings = self.study.alignment
+        assert settings is not None
+        stage, student = settings.stage(), self.linear(base, mixer)
+        time = self._time(stage, settings.corpus)
+        trained = flops.trainable(student, stage)
+        tokens = stage.steps(time) * stage.batch_size * time
+        work = (
+            tokens
+            / time
+            * flops.layerwise(student, self.base(base), time, trained, stage.unit).total
+        )
+        job = Job("alignment", f"{base} {mixer}", tokens, work, users=users)
+        job.disk = student.weight_bytes(self.dtype(base), student.mixer_names())
+        job.scratch = STATES * 3 * student.weight_bytes(self.dtype(base), trained)
+
+        def step(choice: Choice) -> Step:
+            return Step(
+                student,
+                self.base(base),
+                frozenset(trained),
+                choice.rows,
+                time,
+                Precision(choice.dtype, settings.autocast),
+                loss="align",
+                unit=stage.unit,
+            )
+
+        start = Choice(False, False, stage.batch_size, self.dtype(base), 1)
+        smaller = [
+            replace(start, rows=rows, said=(f"alignment.batch_size: {rows}",))
+            for rows in halves(stage.batch_size)
+        ]
+        narrow = self._narrow(start, [base])
+        both = [
+            replace(c, dtype="bfloat16", said=(*c.said, *narrow[0].said)) for c in smaller if narrow
+        ]
+        place(job, self.hardware.gpu.memory, start, [*smaller, *narrow, *both], step)
+        job.gpu_hours = self.hardware.hours(work, self._bf16(self.dtype(base), settings.autocast))
+        return job
+
+    def _teacher(self, name: str) -> Job:
+        study, settings = self.study, self.study.teacher_outputs[name]
+        corpus = study.corpora[study.corpus]
+        model, time = self.base(name), corpus.context
+        tokens = corpus.tokens + corpus.held_out_tokens
+        head = settings.kind != "hidden"
+        work = tokens / time * flops.forward(model, time, head=head)
+        users = [run.id for run in study.run_table.values() if run.teacher == name]
+        job = Job("teacher outputs", name, tokens, work, users=users)
+        job.disk = tokens * self._stored_bytes(name)
+        if settings.kind == "hidden":
+            job.disk += model.shape.vocabulary * model.shape.hidden * BYTES[self.dtype(name)]
+
+        def memory(choice: Choice) -> Memory:
+            width, count = BYTES[choice.dtype], choice.rows * time
+            active = count * width * (3 * model.shape.hidden + 3 * model.shape.mlp)
+            logits = 3 * WIDE * min(count, 1024) * model.shape.vocabulary if head else 0.0
+            weights = model.weight_bytes(choice.dtype)
+            return Memory(activations=active, logits=logits, teacher=weights, phase="forward")
+
+        start = Choice(False, False, settings.batch_size, self.dtype(name), 1)
+        smaller = [
+            replace(start, rows=rows, said=(f"teacher_outputs.{name}.batch_size: {rows}",))
+            for rows in halves(settings.batch_size)
+        ]
+        narrow = self._narrow(start, [name])
+        both = [
+            replace(c, dtype="bfloat16", said=(*c.said, *narrow[0].said)) for c in smaller if narrow
+        ]
+        place(job, self.hardware.gpu.memory, start, [*smaller, *narrow, *both], memory)
+        job.gpu_hours = self.hardware.hours(work, self._bf16(self.dtype(name), False))
+        return job
+
+    def _stored_bytes(self, name: str) -> float:
+        """Bytes per token; of `sampled`, with a quarter of the draws different."""
+        settings, shape = self.study.teacher_outputs[name], self.shape(name)
+        width = 2 if shape.vocabulary <= 2**16 else 4
+        if settings.kind == "hidden":
+            return shape.hidden * BYTES[settings.dtype or self.dtype(name)]
+        if settings.kind == "top_k":
+            return (settings.k or 64) * (width + BYTES[settings.dtype or "float16"])
+        return 5 + (settings.k or 50) / 4 * (width + 1)
+
+    def _selections(self) -> list[Job]:
+        """One job per base, selector and budget; KL-guided students are trained once for all."""
+        jobs: dict[tuple[str, str, str], Job] = {}
+        trained: set[tuple[str, str]] = set()
+        for run in self.study.run_table.values():
+            key = (run.base, run.selector, run.budget.slug)
+            if key in jobs:
+                jobs[key].users.append(run.id)
+                continue
+            settings = self.study.selector_settings[run.selector]
+            job = self._selection(run, settings, run.selector)
+            shared = (
+                getattr(settings, "early_stop", None) is False
+                and getattr(settings, "greedy", "") == "one_shot"
+            )
+            if shared and (run.base, run.selector) in trained:
+                job.tokens = job.flops = job.gpu_hours = job.scratch = 0.0
+            trained.add((run.base, run.selector))
+            jobs[key] = job
+        return list(jobs.values())
+
+    def _selection(self, run: Run, settings: Any, selector: str) -> Job:
+        job = Job("selection", f"{run.base} {selector} {run.budget.slug}", users=[run.id])
+        method = selection.METHODS.get(settings.method)
+        if method is None:
+            job.name += " (external: not known)"
+            return job
+        base, time = self.base(run.base), self.study.corpora[self.study.calibration].context
+        mixer = self._selector_mixer(selector) if "mixer" in needs_of(settings) else None
+        linear = None if mixer is None else self.linear(run.base, mixer)
+        kept = sum(map(bool, self._kept(run.base, selector, run.budget)))
+        work = method(selection.Case(settings, base, linear, time, kept))
+        job.tokens, job.flops = work.tokens, work.flops
+        job.gpu_hours = self.hardware.hours(work.flops, self._bf16(self.dtype(run.base), False))
+        if not work.flops:
+            job.gpus = 0
+            return job
+
+        def memory(choice: Choice) -> Memory:
+            return self._selection_memory(work, base, linear or base, choice, time, settings)
+
+        rows = int(getattr(settings, "batch_size", getattr(settings, "prompts", 1)))
+        start = Choice(False, False, rows, self.dtype(run.base), 1)
+        options = [
+            replace(start, rows=r, said=(f"selectors.{selector}.batch_size: {r}",))
+            for r in halves(rows)
+        ]
+        options += self._narrow(start, [run.base])
+        place(job, self.hardware.gpu.memory, start, options, memory)
+        if not job.fits and work.students:
+            job.remedy = f"selectors.{selector}.variant: swap (no training)"
+        return job
+
+    def _selection_memory(
+        self,
+        work: selection.Work,
+        base: Model,
+        student: Model,
+        choice: Choice,
+        time: int,
+        settings: Any,
+    ) -> Memory:
+        width, s, tokens = BYTES[choice.dtype], base.shape, choice.rows * time
+        weights = float(base.weight_bytes(choice.dtype))
+        active = tokens * width * (3 * s.hidden + 3 * s.mlp + s.layers * s.hidden)
+        if not work.students:
+            other = 0.0 if student is base else float(student.weight_bytes(choice.dtype))
+            logits = 2.0 * WIDE * tokens * s.vocabulary * work.full_logits
+            copies = (work.variants - 1) * tokens * width * (3 * s.hidden + 3 * s.mlp)
+            return Memory(other, 0.0, 0.0, active + copies, logits, weights, "forward")
+        steps = max(1, getattr(settings, "tokens", 0) // tokens)
+        cached = max(1, SHARED_LOGITS // (tokens * s.vocabulary))
+        alone = steps <= cached and not getattr(settings, "early_stop", False)
+        alive = 1 if alone or not work.full_logits else work.students
+        mine = float(student.weight_bytes(choice.dtype))
+        step = Step(
+            student,
+            base,
+            frozenset(student.parameters),
+            choice.rows,
+            time,
+            Precision(choice.dtype),
+            measured=False,
+        )
+        worst = peak(step)
+        logits = tokens * s.vocabulary * (min(steps, cached) * width + 6 * WIDE + width)
+        return Memory(
+            alive * mine, mine, alive * 2 * mine, worst.activations, logits, weights, "loss"
+        )

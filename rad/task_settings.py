@@ -240,12 +240,13 @@ def expand(raw: Mapping[str, Any]) -> dict[str, Any]:
         tasks.update(suite(str(name)))
     for name, options in stated.items():
         if options is None:
-            if name not in tasks:
+            # of a suite, or of a file that this one was laid over
+            if name not in tasks and difflib.get_close_matches(name, list(tasks)):
                 raise ValueError(
                     f"evaluation.tasks.{name}: null leaves a task out, but no suite has it"
                     f"{closest(name, list(tasks))}"
                 )
-            del tasks[name]
+            tasks.pop(name, None)
         elif isinstance(options, Mapping):
             if "kind" not in options and name not in tasks:
                 raise ValueError(
@@ -282,7 +283,7 @@ class TaskTable(Settings):
     )
     tasks: dict[str, AnyTask] = Field(
         default_factory=dict,
-        description="task name -> task; of a suite's task only what differs, null leaves it out",
+        description="task name -> task; of a suite's task only what differs, null leaves one out",
     )
     samples: int | None = Field(
         None, ge=1, description="at most so many documents of every task, for a first run"

@@ -140,6 +140,9 @@ class EvaluationSettings(TaskTable):
     max_length: int | None = Field(
         None, description="longest prompt + answer; default: the model's"
     )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="dtype of what is scored; default: float32, of references their own"
+    )
     efficiency: EfficiencySettings = Field(default_factory=EfficiencySettings)
     probe_samples: int = Field(
         48, ge=0, description="per task: documents scored along the distillation curve"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-STUDIES = sorted(
-    path
-    for path in (ROOT / "config").glob("*.yaml")
-    if "\nname:" in "\n" + path.read_text(encoding="utf-8")
-)
-OVERLAYS = sorted(set((ROOT / "config").glob("*.yaml")) - set(STUDIES))
+CONFIGS = sorted((ROOT / "config").glob("*.yaml"))
+OVERLAYS = [path for path in CONFIGS if path.read_text(encoding="utf-8").startswith("# Overlay")]
+STUDIES = [path for path in CONFIGS if path not in OVERLAYS]
 
 
 def _snakemake(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -48,9 +46,16 @@ def test_every_shipped_study_plans(study: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def _laid_on(overlay: Path) -> list[Path]:
+    """The study that an overlay's first line names; nothing where it is the default one."""
+    named = re.match(r"# Overlay on (\S+\.yaml)", overlay.read_text(encoding="utf-8"))
+    return [ROOT / "config" / named[1]] if named and named[1] != "nano.yaml" else []
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
-def test_every_overlay_plans_on_the_default_study(overlay: Path, tmp_path: Path) -> None:
-    done = _snakemake("-n", "-q", "--configfile", str(overlay), folder=tmp_path)
+def test_every_overlay_plans_on_its_study(overlay: Path, tmp_path: Path) -> None:
+    files = [str(path) for path in (*_laid_on(overlay), overlay)]
+    done = _snakemake("-n", "-q", "--configfile", *files, folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -175,9 +175,9 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = EvaluationSettings.model_validate(args.settings)
     where = spec["model"] if "reference" in spec else {"source": str(args.output / "model")}
     with parallel.processes(args.device) as device:
-        loaded = sources.load(
-            where["source"], revision=where.get("revision"), dtype=where.get("dtype", "float32")
-        ).to(device)
+        dtype = settings.dtype or where.get("dtype", "float32")
+        loaded = sources.load(where["source"], revision=where.get("revision"), dtype=dtype)
+        loaded.to(device)
         run(
             loaded,
             sources.load_tokenizer(where["source"], revision=where.get("revision")),

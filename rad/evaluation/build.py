@@ -67,7 +67,9 @@ def counter(tokenizer_path: str) -> Count:
 
 
 def trained_context(tokenizer_path: str) -> int | None:
-    """The context length that the checkpoint folder states, in tokens, or None."""
+    """The context length that a checkpoint folder states, or a cached hub id, in tokens, or None."""
+    if not Path(tokenizer_path).is_dir():
+        tokenizer_path = _cached(tokenizer_path)
     for name, key in (
         ("config.json", "max_position_embeddings"),
         ("tokenizer_config.json", "model_max_length"),
@@ -76,6 +78,14 @@ def trained_context(tokenizer_path: str) -> int | None:
         if file.is_file() and isinstance(value := read_json(file).get(key), int):
             return value
     return None
+
+
+def _cached(repository: str) -> str:
+    """The folder of a hub id in the local cache, where reading its tokenizer has put it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(repository, "config.json")
+    return str(Path(file).parent) if isinstance(file, str) else repository
 
 
 def context_limit(settings: EvaluationSettings, tokenizer_path: str) -> int:

@@ -41,7 +41,7 @@ def build_probe(tasks: Path, samples: int) -> list[ProbeItem]:
         raise ValueError(f"{path}: cannot read ({error.strerror})") from error
     items: list[ProbeItem] = []
     taken: dict[str, int] = {}
-    for line in lines:
+    for line in filter(None, lines):
         item = ProbeItem(**json.loads(line))
         taken[item.task] = taken.get(item.task, 0) + 1
         if taken[item.task] <= samples:

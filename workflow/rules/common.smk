@@ -20,7 +20,9 @@ try:
     )
     if STUDY.offline:
         go_offline()
-    check(STUDY)
+    # jobs of a cluster read this file again, on nodes that may have no network
+    if workflow.is_main_process:
+        check(STUDY)
 except StudyError as error:
     raise WorkflowError(str(error)) from None
 

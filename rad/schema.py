@@ -1,6 +1,6 @@
 """The JSON schema of a study and the table of its keys, both generated from the settings models.
 
-`rad schema --schema workflow/schemas/study.schema.json --table config/README.md`; a test keeps the
+`rad schema --schema workflow/schemas/study.schema.json --table docs/config.md`; a test keeps the
 committed files equal to what this module yields.
 """
 

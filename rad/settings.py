@@ -1,7 +1,7 @@
 """The settings that a study is made of: one pydantic model per thing that can be configured.
 
 Every key has a description and a default here and nowhere else; the JSON schema and the key table
-in `config/README.md` are generated from these models (`rad schema`). No torch, no transformers.
+in `docs/config.md` are generated from these models (`rad schema`). No torch, no transformers.
 """
 
 from __future__ import annotations

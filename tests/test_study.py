@@ -162,7 +162,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 def test_the_committed_schema_and_key_table_are_current() -> None:
-    hint = "run: rad schema --schema workflow/schemas/study.schema.json --table config/README.md"
+    hint = "run: rad schema --schema workflow/schemas/study.schema.json --table docs/config.md"
     committed = json.loads((ROOT / "workflow" / "schemas" / "study.schema.json").read_text())
     assert committed == json.loads(json.dumps(json_schema())), hint
-    assert (ROOT / "config" / "README.md").read_text(encoding="utf-8") == key_table(), hint
+    assert (ROOT / "docs" / "config.md").read_text(encoding="utf-8") == key_table(), hint

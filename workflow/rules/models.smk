@@ -3,9 +3,9 @@ rule model:
         "<results>/models/{model}/source.json",
     log:
         "<logs>/model/{model}.log",
-    localrule: True
     # before anything else: a model that is gated, missing or of another revision says so at once
     priority: 100
+    localrule: True
     params:
         settings=HELPERS.model,
     shell:

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from rad.commands import bench, efficiency, gpu, ruler, scoring, stages, tools
+from rad.commands import bench, efficiency, estimate, gpu, papers, ruler, scoring, stages, tools
 from rad.commands.options import Verb
 
 STOPPED = 75
@@ -27,6 +27,8 @@ VERBS: dict[str, Verb] = {
     **ruler.VERBS,
     **efficiency.VERBS,
     **gpu.VERBS,
+    **estimate.VERBS,
+    **papers.VERBS,
 }
 
 

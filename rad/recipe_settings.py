@@ -204,11 +204,13 @@ class AlignmentSettings(Settings):
     corpus: str = Field("distil", description="a key of `corpora`")
     tokens: int = Field(gt=0)
     batch_size: int = Field(16, gt=0, description="rows per step")
+    accumulate: int = Field(1, ge=1, description="micro-batches of a step, as in a stage")
     context: int | None = Field(None, ge=2, description="longest sequence, as in a stage")
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["cosine", "constant", "wsd", "stable_cosine_stable"] = "cosine"
     warmup_fraction: float = Field(0.05, ge=0, lt=1, description="linear warm-up, share of steps")
     final_fraction: float = Field(0.05, ge=0, le=1, description="last rate as a share of the peak")
+    decay_vectors: bool = Field(False, description="weight decay of biases and decay rates too")
     distance: Literal["root_width", "squared", "relative"] = Field(
         "root_width", description="as in a stage"
     )
@@ -216,6 +218,11 @@ class AlignmentSettings(Settings):
     initialisation: Initialisation = Field("qkvo", description="start of the mixers")
     autocast: bool = Field(False, description="as in a recipe")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _is_a_stage(self) -> AlignmentSettings:
+        self.stage()  # whatever a stage refuses is refused when the study is read
+        return self
 
     def stage(self) -> StageSettings:
         """The stage that this is."""

@@ -20,6 +20,7 @@ from rad.field_settings import (
     SmartSettings,
 )
 from rad.mixer_settings import Settings
+from rad.recipe_settings import GroupSettings
 
 
 class UniformSettings(Settings):
@@ -123,17 +124,44 @@ class KLGuidedSettings(Settings):
         description="training tokens per candidate layer; the `s2` variants need them (published: "
         "200 to 600 million)",
     )
-    batch_size: int = Field(16, gt=0, description="rows per step")
+    batch_size: int = Field(16, gt=0, description="rows per step, and per pass that only measures")
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches that these rows are processed in, to save memory"
+    )
     learning_rate: float = Field(1e-3, gt=0)
+    groups: list[GroupSettings] = Field(
+        default_factory=list,
+        description="parameters with rates of their own (published: attention and its norms)",
+    )
     schedule: Literal["cosine", "constant", "wsd"] = Field(
         "cosine", description="of the learning rate (published: constant)"
+    )
+    warmup_fraction: float = Field(
+        0.05, ge=0, lt=1, description="linear warm-up, share of steps (published: 0)"
+    )
+    decay_vectors: bool = Field(
+        False, description="weight decay of norms, biases and decay rates too (published: true)"
+    )
+    autocast: bool = Field(
+        False, description="bfloat16 arithmetic where the hardware has it; weights keep their dtype"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass, to save memory"
+    )
+    side_by_side: bool = Field(
+        True,
+        description="where the base's logits of all steps do not fit, train all candidates at once "
+        "with one run of the base; false: one after another, each with the base's own passes",
+    )
+    save_every_seconds: float = Field(
+        60.0, gt=0, description="wall time between states of candidates in training"
     )
     held_out_rows: int = Field(64, gt=0, description="fixed held-out slice that scores a candidate")
     early_stop: bool = Field(
         False,
         description="train all candidates side by side and stop when the best K have changed by "
         "at most one layer in three checks and 15 % is spent (default rule: the published one has "
-        "no numbers); all students are in memory at once",
+        "no numbers); all students are in memory at once, so it needs `side_by_side`",
     )
     check_every: int = Field(
         100, ge=1, description="steps between the checks of `early_stop`, and their loss window"
@@ -143,6 +171,16 @@ class KLGuidedSettings(Settings):
     def _fit_together(self) -> KLGuidedSettings:
         if self.variant.endswith("_s2") and not self.tokens:
             raise ValueError(f"variant {self.variant} trains its candidates: it needs tokens")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into {self.accumulate} "
+                "micro-batches (accumulate)"
+            )
+        if self.early_stop and not self.side_by_side:
+            raise ValueError(
+                "early_stop compares candidates while they train: set side_by_side, or leave "
+                "early_stop out"
+            )
         if self.greedy == "sequential" and self.variant == "avg_s2":
             raise ValueError(
                 "variant avg_s2 ranks two kinds of candidates that have no common next step: use "
@@ -279,6 +317,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "leave_one_out": ("model", "corpus"),
     "flash_morph": ("model", "corpus", "aligned"),
 }
+
+
+# methods whose scores do not depend on the budget and that keep them for their other budgets
+SHARE_SCORES = ("kl_guided", "retrieval_aware")
 
 
 def needs_of(settings: Settings) -> tuple[str, ...]:

@@ -137,6 +137,11 @@ class TeacherOutputsSettings(Settings):
 
 class EvaluationSettings(TaskTable):
     batch_size: int = Field(32, ge=1, description="prompts per batch (fixed: it can change scores)")
+    batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most tokens of a batch, prompts and answers: long prompts meet fewer others",
+    )
     max_length: int | None = Field(
         None, description="longest prompt + answer; default: the model's"
     )

@@ -74,6 +74,16 @@ def test_profiles_speak_of_rules_that_exist(profile: Path) -> None:
         assert "tasks" not in resources
 
 
+def test_the_shell_of_a_resumable_job_does_not_outrun_it() -> None:
+    """Slurm signals every process of a job. A shell would die at once, the job with it, while
+    training still writes its state; `exec` leaves no shell."""
+    appending = {name: text for name, text in _rules().items() if ">> {log}" in text}
+    assert {"distil", "align", "select", "teacher_outputs"} <= set(appending)
+    for name, text in appending.items():
+        first = text[text.index("    shell:") :].splitlines()[1]
+        assert first.strip().startswith('"exec rad '), name
+
+
 def test_profiles_keep_what_the_default_one_says() -> None:
     """Another workflow profile is read instead of profiles/default, not on top of it."""
     default = _profile(ROOT / "profiles" / "default" / "profile.yaml")

@@ -22,7 +22,7 @@ from rad.estimate.shapes import Model, Shape
 from rad.models import sources
 from rad.settings import MIXER_SETTINGS, StageSettings
 
-ROWS, CLOSE = 2, 0.02
+ROWS, CLOSE = 1, 0.02
 
 
 def small_llama(**changes: Any) -> Any:
@@ -81,9 +81,18 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+def _cases(which: str, mixer: str, form: str) -> list[dict[str, Any]]:
+    """All of them for one mixer, the kinds of work for the others."""
+    if which == "nano" and form == "slots":
+        return CASES if mixer == "mamba2" else [CASES[2], CASES[5]]
+    return CASES[:3] if which == "llama" else CASES[2:3]
+
+
 @pytest.mark.parametrize("form", ["slots", "parallel"])
 @pytest.mark.parametrize("mixer", MIXER_SETTINGS)
-@pytest.mark.parametrize(("which", "time"), [("nano", 100), ("llama", 128)])
+@pytest.mark.parametrize(
+    ("which", "time"), [("nano", 100), pytest.param("llama", 128, marks=pytest.mark.slow)]
+)
 def test_a_step_of_training(
     bases: dict[str, Any], which: str, time: int, mixer: str, form: str
 ) -> None:
@@ -95,7 +104,7 @@ def test_a_step_of_training(
     kept = [(1, head) for head in range(heads)] + [(2, 0)]
     tokens = torch.randint(0, 500, (ROWS, time))
     batch = Batch(tokens, torch.ones(ROWS, time), torch.arange(ROWS))
-    for case in CASES if which == "nano" else CASES[:3]:
+    for case in _cases(which, mixer, form):
         keys = {k: v for k, v in case.items() if k != "again"}
         stage = StageSettings(tokens=ROWS * time, batch_size=ROWS, **keys)
         student, model, plain = both(base, settings, kept)

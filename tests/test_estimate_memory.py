@@ -124,7 +124,14 @@ NANO: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(("mixer", "stage", "options"), NANO)
+@pytest.mark.parametrize(
+    ("mixer", "stage", "options"),
+    [
+        # the profiler notes every step of a scan
+        pytest.param(*case, marks=pytest.mark.slow if case[0] in ("mamba", "longhorn") else ())
+        for case in NANO
+    ],
+)
 def test_peak_at_nano(
     tmp_path: Path, mixer: str, stage: dict[str, Any], options: dict[str, Any]
 ) -> None:

@@ -45,6 +45,26 @@ def said(model: Any, tokenizer: Any, size: int, requests: list[Any]) -> list[str
     return HarnessModel(model, tokenizer, size).generate_until(requests)
 
 
+def test_long_prompts_meet_fewer_others(model: Any, tokenizer: Any) -> None:
+    sizes: list[int] = []
+    lm = HarnessModel(
+        model, tokenizer, 4, None, lambda places, new: sizes.append(len(places)), batch_tokens=64
+    )
+    assert lm.generate_until(asked(PROMPTS, GREEDY)) == said(
+        model, tokenizer, 16, asked(PROMPTS, GREEDY)
+    )
+    lengths = sorted((len(lm.tok_encode(text)) for text in PROMPTS), reverse=True)
+    start = 0
+    for size in sizes:
+        assert size <= 4 and (size == 1 or size * (lengths[start] + 12) <= 64)
+        start += size
+    assert start == len(PROMPTS) and max(sizes) > min(sizes)
+    sizes.clear()
+    alone = HarnessModel(model, tokenizer, 4, None, lm._report, batch_tokens=1)
+    alone.generate_until(asked(PROMPTS[:3], GREEDY))
+    assert sizes == [1, 1, 1], "a prompt that is longer by itself is alone"
+
+
 # --- tokens ---------------------------------------------------------------------------------
 
 

@@ -247,6 +247,16 @@ def test_a_run_of_another_configuration_is_refused(tmp_path: Path) -> None:
         gather(study, tmp_path)
 
 
+def test_other_documents_are_refused(tmp_path: Path) -> None:
+    study = seeds_study(1)
+    write(study, tmp_path, as_claimed)
+    path = tmp_path / "runs" / "model-large" / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    write_text(path, "\n".join(lines[1:]) + "\n")
+    with pytest.raises(ValueError, match="documents of gsm_nano differ from those of base-"):
+        gather(study, tmp_path)
+
+
 def test_before_training_counts_as_infinitely_faster(tmp_path: Path) -> None:
     found = verdicts(
         write(seeds_study(), tmp_path, as_claimed, lambda n, s: -5.0 if "-rad-f0.25" in n else 0.5)

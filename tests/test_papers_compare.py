@@ -11,7 +11,7 @@ import pytest
 import reporting_fixture as fixture
 
 from rad.files import write_json, write_text
-from rad.papers.compare import MEASURED, NOT_RUN, Comparison, compare, read_costs
+from rad.papers.compare import MEASURED, NOT_RUN, Comparison, Cost, compare, read_costs
 from rad.papers.evidence import Findings, gather
 from rad.papers.matching import base_of, rules
 from rad.papers.published import numbers
@@ -24,7 +24,7 @@ FAMILIES = {GSM: "gsm", CRUX: "crux", MMLU: "general"}
 
 
 def rad_study() -> Study:
-    """Llama-3.2-3B-Instruct with 20 of 28 layers kept, two seeds, and even spacing with a teacher."""
+    """Llama-3.2-3B-Instruct: RAD with 20 of 28 layers, two seeds; even spacing with a teacher."""
     config = load([CONFIG / "nano.yaml"]).model_dump(mode="json", exclude_none=True)
     entry = {"recipe": "kl", "mixer": "mamba2", "initialisation": "qkvo"}
     return Study.from_config(
@@ -108,6 +108,14 @@ def test_rows_of_other_runs_are_not_run_and_say_why(findings: Findings) -> None:
     assert "no run has the base" in rows["mil.llama3_8b.mamba.16.gsm8k"].reason
 
 
+def test_another_budget_or_state_is_another_model(tmp_path: Path) -> None:
+    config = rad_study().model_dump(mode="json", exclude_none=True)
+    for budget, fits in (({"layers": 20}, True), ({"layers": 21}, False), ({"heads": 480}, True)):
+        grid = [{**config["grid"][0], "budget": budget}]
+        rows = by_id(compare(gather(Study.from_config({**config, "grid": grid}), tmp_path)))
+        assert bool(rows["rad.t2.mamba2.gsm8k"].run) == fits, budget
+
+
 def test_a_run_to_come_has_its_cost(findings: Findings, tmp_path: Path) -> None:
     row = by_id(compare(findings))["rad.abstract.baseline.gsm8k"]
     assert row.reason == f"{EVEN} is not scored" and row.cost is None
@@ -115,12 +123,15 @@ def test_a_run_to_come_has_its_cost(findings: Findings, tmp_path: Path) -> None:
         {"stage": "selection", "name": EVEN, "gpu_hours": 99.0, "cost": 99.0},
         {"stage": "distil", "name": EVEN, "gpu_hours": 200.0, "cost": 500.0},
         {"stage": "evaluate", "name": EVEN, "gpu_hours": 3.5, "cost": 8.75},
+        {"stage": "evaluate", "name": "model-base", "gpu_hours": 2.0, "cost": 5.0},
     ]
     write_json(tmp_path / "estimate.json", {"jobs": jobs})
     costs = read_costs(tmp_path / "estimate.json")
     row = by_id(compare(findings, costs))["rad.abstract.baseline.gsm8k"]
     assert row.cost is not None
     assert (row.cost.gpu_hours, row.cost.price) == (203.5, 508.75)
+    # a task that the base was not scored on
+    assert by_id(compare(findings, costs))["rad.t1.base.piqa"].cost == Cost(2.0, 5.0)
     table = compared_table(compare(findings, costs), "paper")
     texts = [[entry.text for entry in each] for panel in table.panels for each in panel.rows]
     assert any("204 GPU-h, 509 USD" in text for text in texts)

@@ -172,7 +172,8 @@ def test_isolated_documents_are_stored_as_if_alone(model: Any, tmp_path: Path) -
 
 def _probabilities(model: Any, tokens: Tensor, temperature: float = 1.0) -> Tensor:
     with torch.no_grad():
-        return (model(tokens).logits / temperature).softmax(-1)
+        p: Tensor = (model(tokens).logits / temperature).softmax(-1)
+        return p
 
 
 def test_top_k_are_the_most_likely_tokens_and_the_loss_is_measured(

@@ -44,6 +44,7 @@ def _settings(args: argparse.Namespace) -> Any:
         "offline": args.offline,
         "samples": args.samples,
         "batch_size": args.batch_size,
+        "batch_tokens": args.batch_tokens,
         "max_length": args.max_length,
         "chat_template": str(args.chat_template) if args.chat_template else None,
         "probe_samples": 0,
@@ -131,6 +132,7 @@ def bench(args: argparse.Namespace) -> None:
             args.output / "tasks",
             run=args.run or Path(args.model).name,
             batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
             max_length=settings.max_length,
             output=args.output,
         )
@@ -157,6 +159,7 @@ VERBS: dict[str, Verb] = {
             DEVICE,
             ("--samples", {"type": int, "default": None, "help": "at most so many documents each"}),
             ("--batch-size", {"type": int, "default": 32, "help": "prompts per batch"}),
+            ("--batch-tokens", {"type": int, "default": None, "help": "most tokens per batch"}),
             ("--max-length", {"type": int, "default": None, "help": "longest prompt + answer"}),
             ("--chat-template", {**OPTIONAL, "help": "file; default: the tokenizer's"}),
             ("--offline", {"action": "store_true", "help": "never ask the hub for data"}),

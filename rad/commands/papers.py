@@ -49,12 +49,14 @@ def papers(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> Study:
+    from rad.settings import SELECTOR_SETTINGS
     from rad.study import Study, load
 
     if (args.study is None) == (not args.config):
         raise ValueError("name the study by its YAML files, or by --study FILE (study.json)")
     if args.study is None:
-        return load(args.config)
+        rules = Path("workflow/rules/selection").glob("*.smk")
+        return load(args.config, sorted({rule.stem for rule in rules} - set(SELECTOR_SETTINGS)))
     raw = read_json(args.study)
     return Study.from_config(raw, raw.pop("external_selectors", ()))
 

@@ -184,6 +184,7 @@ def evaluate(args: argparse.Namespace) -> None:
             args.tasks,
             run=spec["run"],
             batch_size=settings.batch_size,
+            batch_tokens=settings.batch_tokens,
             max_length=settings.max_length,
             output=args.output,
         )

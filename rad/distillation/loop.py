@@ -15,7 +15,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from rad.distillation.stages import Stage, StepLosses
 from rad.progress import Progress
 from rad.recipe_settings import StageSettings
 
-__all__ = ["Interrupted", "Job", "attention_pairs", "train"]
+__all__ = ["Interrupted", "Job", "attention_pairs", "recomputing", "train"]
 
 Record = dict[str, Any]
 Measure = Callable[[Any], Record]
@@ -317,14 +317,19 @@ class _StageLoop:
             states.save_weights(job.state / BEST, job.student, self.changed)
 
 
+def _recomputing(job: Job) -> AbstractContextManager[None]:
+    """`recomputing` of the job's student, as the job says."""
+    return recomputing(job.student, job.activation_checkpointing)
+
+
 @contextmanager
-def _recomputing(job: Job) -> Iterator[None]:
-    """Activation checkpointing of every layer while the job runs, if it is asked for.
+def recomputing(student: Any, wanted: bool) -> Iterator[None]:
+    """Activation checkpointing of every layer within the block, if it is wanted.
 
     Not the library's switch, which also makes the embeddings' output require a gradient: the
     backward pass would run down to layers that nobody trains.
     """
-    layers = list(job.student.base_model.layers) if job.activation_checkpointing else []
+    layers = list(student.base_model.layers) if wanted else []
     for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)

@@ -15,7 +15,8 @@ Legend: E hidden size, F MLP width, V vocabulary, T tokens of a row, R rows of a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 from rad.estimate.activations import WIDE, Kept, Precision, kept
 from rad.estimate.flops import trained_by_layer
@@ -88,6 +89,15 @@ class Step:
     def tokens(self) -> int:
         """Tokens of a micro-batch on this GPU."""
         return self.rows * self.time
+
+    @cached_property
+    def throughout(self) -> Memory:
+        """What is there at every moment once training has begun."""
+        return Memory(
+            weights=own_weights(self) + _whole(self),
+            optimiser=2 * _bytes(self, self.trained) / self.gpus,
+            teacher=_others(self) + _held(self),
+        )
 
     @property
     def layerwise(self) -> bool:
@@ -162,15 +172,8 @@ def _static(
     logits: float = 0.0,
 ) -> Memory:
     """Weights, moments, base and teacher, with what a moment adds."""
-    return Memory(
-        weights=own_weights(step) + _whole(step),
-        gradients=gradients,
-        optimiser=2 * _bytes(step, step.trained) / step.gpus,
-        activations=activations,
-        logits=logits,
-        teacher=_others(step) + _held(step),
-        phase=phase,
-    )
+    more = {"gradients": gradients, "activations": activations, "logits": logits}
+    return replace(step.throughout, phase=phase, **more)
 
 
 def _whole(step: Step) -> float:

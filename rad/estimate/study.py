@@ -212,8 +212,10 @@ class Estimate(Distillation):
         ]
         options += self._narrow(start, [run.base])
         place(job, self.hardware.gpu.memory, start, options, memory)
-        if not job.fits and work.students:
-            job.remedy = f"selectors.{selector}.variant: swap (no training)"
+        if not job.fits and not job.remedy and settings.method == "kl_guided":
+            work = selection.Work(full_logits=True)  # of `swap`, which trains nothing
+            if memory(start).total <= self.hardware.gpu.memory:
+                job.remedy = f"selectors.{selector}.variant: swap (no training)"
         return job
 
     def _selection_memory(

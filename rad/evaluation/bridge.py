@@ -54,10 +54,19 @@ class _Span(NamedTuple):
     request: Any
 
 
-def _batches(rows: Iterable[Any], size: int) -> list[list[Any]]:
-    """Rows in batches, longest first, so that little is padded; ties in an order of their own."""
+def _batches(rows: Iterable[Any], size: int, most: int | None, new: int = 0) -> list[list[Any]]:
+    """Rows in batches, longest first, so that little is padded; ties in an order of their own.
+
+    At most `size` rows, and at most `most` tokens with `new` ones for each row and the padding; a
+    row that is longer by itself is alone.
+    """
     ordered = sorted(rows, key=lambda row: (-len(row.tokens), row.tokens, row.place))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+    batches, start = [], 0
+    while start < len(ordered):
+        fit = size if most is None else most // (len(ordered[start].tokens) + new)
+        batches.append(ordered[start : start + max(1, min(size, fit))])
+        start += len(batches[-1])
+    return batches
 
 
 def _places(batch: Iterable[_Prompt | _Span]) -> list[tuple[str, int]]:
@@ -79,13 +88,14 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batch_size: int,
         max_length: int | None = None,
         report: Report | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: evaluation needs at least 1")
         self.model = model.eval()
         self.tokenizer = copy.deepcopy(tokenizer)
-        self.batch_size = batch_size
+        self.batch_size, self.batch_tokens = batch_size, batch_tokens
         trained = getattr(model.config, "max_position_embeddings", None)
         self.max_length = int(max_length or trained or tokenizer.model_max_length)
         self.answers: dict[tuple[str, int], list[Answer]] = {}
@@ -149,7 +159,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         batches = [
             (decoding, batch)
             for decoding, rows in groups.items()
-            for batch in _batches(rows, self.batch_size)
+            for batch in _batches(rows, self.batch_size, self.batch_tokens, decoding.new_tokens)
         ]
         _agree(batch for _, batch in batches)
 
@@ -223,7 +233,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     def _scored(self, spans: Sequence[_Span]) -> dict[int, list[tuple[float, bool]]]:
         """Request -> (log-likelihood, argmax) of its spans, in their order."""
-        batches = _batches(spans, self.batch_size)
+        batches = _batches(spans, self.batch_size, self.batch_tokens)
         _agree(batches)
         waiting = Counter(span.place for span in spans)
 

@@ -181,12 +181,14 @@ def evaluate(
     max_length: int | None,
     output: Path,
     progress: bool = True,
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Score `model` on every task below `tasks`; write and return the evaluation.
 
     Writes `evaluation.json` and `samples.jsonl` into the folder `output`. The documents, their
-    order and the batches depend on the tasks, the tokenizer and `batch_size` alone. `max_length` is
-    the longest prompt plus answer in tokens (default: that of the tasks). In several processes
+    order and the batches depend on the tasks, the tokenizer, `batch_size` and `batch_tokens` (most
+    tokens of a batch, so that long prompts meet fewer others) alone. `max_length` is the longest
+    prompt plus answer in tokens (default: that of the tasks). In several processes
     (torch.distributed, each with the model) they share the work, the first writes, and what it
     writes is what one process would write. Raises `TruncationError` when a prompt does not fit;
     nothing is ever cut.
@@ -195,7 +197,8 @@ def evaluate(
 
     with sharing.together():
         with _offline():
-            found = _evaluate(model, tokenizer, tasks, run, batch_size, max_length, progress)
+            batch = (batch_size, batch_tokens)
+            found = _evaluate(model, tokenizer, tasks, run, batch, max_length, progress)
         if found is not None:
             evaluation, samples = found
             lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
@@ -212,7 +215,7 @@ def _evaluate(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Path,
     run: str,
-    batch_size: int,
+    batch: tuple[int, int | None],
     max_length: int | None,
     progress: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
@@ -236,7 +239,8 @@ def _evaluate(
                 print(cost.text(manifest), file=sys.stderr, flush=True)
                 bar = stack.enter_context(Progress("evaluation", total.prompts, unit="prompt"))
                 report = cost.Tracker(rows, bar).report
-            lm = HarnessModel(model, tokenizer, batch_size, limit, report)
+            batch_size, batch_tokens = batch
+            lm = HarnessModel(model, tokenizer, batch_size, limit, report, batch_tokens)
             if not sharing.first():
                 _answer(loaded, lm)
                 return None
@@ -259,6 +263,7 @@ def _evaluate(
         "run": run,
         "seconds": round(time.monotonic() - started, 3),
         "batch_size": batch_size,
+        "batch_tokens": batch_tokens,
         "max_length": limit,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

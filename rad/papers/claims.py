@@ -113,13 +113,6 @@ class Test(Facts):
             raise ValueError("arms: one of them must be a student")
         return self
 
-    @property
-    def unit(self) -> str:
-        """`points`, `nats` or `ratio`."""
-        if self.effect == "ratio":
-            return "ratio"
-        return "points" if self.kind == "score" else "nats"
-
 
 class Stated(Facts):
     """What the paper states; `value` is in the unit of the margin."""

@@ -107,8 +107,8 @@ def _row(
 
 
 def _cost(side: Side, costs: Mapping[str, Cost]) -> Cost | None:
-    """Of all seeds of a cell; None where one of them is unknown, or nothing is trained."""
-    members = side.members if isinstance(side, Cell) else ()
+    """Of all seeds of a cell; None where one of them is unknown."""
+    members = side.members if isinstance(side, Cell) else (side,)
     found = [costs[member.id] for member in members if member.id in costs]
     if not found or len(found) < len(members):
         return None

@@ -7,7 +7,7 @@ A file that is there is checked as the report checks it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,12 +59,6 @@ class Findings:
     references: Mapping[str, Evidence]
     shapes: Mapping[str, Mapping[str, object]]  # model name -> source.json
 
-    @property
-    def scored(self) -> bool:
-        """Whether anything has been scored."""
-        members = [member for cell in self.cells for member in cell.members]
-        return any(member.samples is not None for member in [*members, *self.references.values()])
-
 
 def gather(study: Study, root: Path) -> Findings:
     """Read what is under `root` (`results/<study>/`), which need not exist.
@@ -84,13 +78,29 @@ def gather(study: Study, root: Path) -> Findings:
         for runs in gathered.values()
     ]
     models = {name: root / "models" / name / "source.json" for name in study.models}
+    references = {name: _files(root / "runs" / f"model-{name}", None) for name in study.references}
+    _same_documents(
+        [*(each for cell in cells for each in cell.members), *references.values()], root
+    )
     return Findings(
         study,
         root,
         tuple(cells),
-        {name: _files(root / "runs" / f"model-{name}", None) for name in study.references},
+        references,
         {name: json_object(path) for name, path in models.items() if path.is_file()},
     )
+
+
+def _same_documents(members: Sequence[Evidence], root: Path) -> None:
+    """Raise unless whoever was scored on a task answered the same documents of it."""
+    seen: dict[str, tuple[str, Collection[int]]] = {}
+    for member in members:
+        scores = member.samples.scores if member.samples is not None else {}
+        for task, documents in scores.items():
+            first, wanted = seen.setdefault(task, (member.id, documents.keys()))
+            if documents.keys() != wanted:
+                path = root / "runs" / member.id / "samples.jsonl"
+                raise ValueError(f"{path}: documents of {task} differ from those of {first}")
 
 
 def _run(study: Study, folder: Path, run: Run) -> Evidence:

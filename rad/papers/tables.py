@@ -29,7 +29,6 @@ from rad.reporting.writers import (
 )
 
 CLAIMS, COMPARED = "claims", "paper_vs_measured"
-OUTPUTS = tuple(f"{name}.{form}" for name in (CLAIMS, COMPARED) for form in ("csv", "md", "tex"))
 
 
 def amount(claim: Claim, value: float, *, sign: bool = True) -> str:
@@ -115,7 +114,7 @@ def _claim_record(entry: Entry, found: Finding) -> dict[str, Any]:
         "effect": value,
         "low": low,
         "high": high,
-        "unit": claim.test.unit,
+        "unit": unit_of(claim),
         "margin": claim.test.margin,
         "documents": documents,
         "seeds": seeds,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,14 +47,35 @@ class SelectionError(ValueError):
     """A selector cannot run on this base or corpus; the message is one line."""
 
 
+@dataclass(frozen=True)
+class Spent:
+    """What a part of a selection cost: see `Cost`."""
+
+    tokens: float = 0.0
+    trained: float = 0.0
+    flops: float = 0.0
+    forward_passes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Spent) -> Spent:
+        return Spent(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
 class CostMeter:
-    """Counts the tokens and model calls of a selection, and its wall time since creation."""
+    """Counts the tokens and model calls of a selection, and its wall time since creation.
+
+    `reused` is the part of it that other jobs have spent.
+    """
 
     def __init__(self) -> None:
         self.tokens = 0.0
         self.trained = 0.0
         self.flops = 0.0
         self.forward_passes = 0
+        self.reused = Spent()
         self._start = time.perf_counter()
 
     def add(
@@ -70,12 +91,24 @@ class CostMeter:
         self.trained += tokens if trained else 0
         self.flops += (6 if trained else 2) * weights * tokens
 
+    def include(self, spent: Spent) -> None:
+        """Count what another job spent on scores that this one uses."""
+        self.tokens += spent.tokens
+        self.trained += spent.trained
+        self.flops += spent.flops
+        self.forward_passes += spent.forward_passes
+        self.reused += spent
+
+    def spent(self) -> Spent:
+        """All that is counted so far."""
+        seconds = time.perf_counter() - self._start + self.reused.seconds
+        return Spent(self.tokens, self.trained, self.flops, self.forward_passes, seconds)
+
     def cost(self) -> Cost:
         """The record that goes into the placement."""
-        seconds = time.perf_counter() - self._start
         return Cost(
             tokens=round(self.tokens),
-            seconds=seconds,
+            seconds=self.spent().seconds,
             forward_passes=self.forward_passes,
             trained_tokens=round(self.trained),
             flops=self.flops,

@@ -6,7 +6,10 @@ All candidates see the same batches in the same order, so that their differences
 the base runs once per batch. Steps are taken in rounds: within a round the base's logits are kept
 and one candidate after the other is trained. When the logits of all steps fit in memory and nobody
 asks for an early stop there is one round, and only one student lives at a time; with several
-rounds all students do. Legend: B rows, T context, V vocabulary.
+rounds all students do, unless `side_by_side` is off: then one candidate after another is trained to
+its end, and the base runs for each. Where the logits of one step are large they are never whole:
+the base's final hidden states stand for them, and the loss is that of `rad.distillation.chunked`.
+Legend: B rows, T context, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +29,26 @@ from rad.data.corpus import Corpus
 from rad.distillation import losses
 from rad.distillation import optimiser as optimisers
 from rad.distillation import state as states
-from rad.distillation.batches import Batches, slice_of
+from rad.distillation.batches import Batch, Batches, slice_of
+from rad.distillation.loop import recomputing
+from rad.distillation.speed import precision
+from rad.distillation.stages import Stage
+from rad.distillation.targets import Targets, final_hidden, head_of
+from rad.distillation.teachers import Teacher
 from rad.files import digest, file_digest, read_json, write_json
 from rad.mixers import MIXERS
 from rad.models.convert import convert
 from rad.placement import Placement
-from rad.selection.base import SelectionContext, SelectionError
+from rad.selection.base import SelectionContext, SelectionError, Spent
 from rad.settings import KLGuidedSettings, StageSettings
 
 # the base's logits are kept for all candidates up to this many values (4 bytes each)
 SHARED_LOGITS = 200_000_000
-SAVE_EVERY_SECONDS = 60.0  # between states of candidates that train in rounds
+# settings of which a candidate's score is a function
+SCORED_BY = (
+    *("tokens", "batch_size", "accumulate", "learning_rate", "groups", "schedule"),
+    *("warmup_fraction", "decay_vectors", "autocast", "held_out_rows"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,22 +97,25 @@ class Shared:
         else:
             self.last = self.steps
         values = self.batches.tokens_per_batch * self.base.config.vocab_size
-        self.cached_steps = max(1, SHARED_LOGITS // values)
+        # nothing to save: the plain loss, on logits that are whole
+        self.plain = (
+            values <= SHARED_LOGITS and settings.accumulate == 1 and not settings.autocast
+        )
+        width = self.base.config.vocab_size if self.plain else self.base.config.hidden_size
+        self.cached_steps = max(1, SHARED_LOGITS // (self.batches.tokens_per_batch * width))
         self._kept: dict[int, Tensor] = {}
+        self.teacher = SharedTeacher(self)
         self.tokens, self.weight = slice_of(
             corpus.rows("held_out"), corpus.weights("held_out"), slice(0, settings.held_out_rows)
         )
         self.tokens = self.tokens.to(self.base.device)
         self.weight = self.weight.to(self.base.device)
-        self.held_out_batch = settings.batch_size
+        self.held_out_batch = settings.batch_size // settings.accumulate
         self._held_out: list[Tensor] | None = None
-        self._keep_held_out = self.tokens.numel() * self.base.config.vocab_size <= SHARED_LOGITS
+        self._keep_held_out = self.tokens.numel() * width <= SHARED_LOGITS
         self.owner = digest(
             {
-                "settings": settings.model_dump(
-                    mode="json",
-                    include={"tokens", "batch_size", "learning_rate", "schedule", "held_out_rows"},
-                ),
+                "settings": settings.model_dump(mode="json", include=set(SCORED_BY)),
                 "loss": [self.last, settings.score_window],
                 "corpus": corpus.manifest.get("settings_sha256"),
                 "base": [context.base, context.provenance.get("base_weights_sha256")],
@@ -139,23 +155,74 @@ class Shared:
         """Weighted mean KL to the base on the held-out slice, nats per token."""
         parts = self.tokens.split(self.held_out_batch)
         weights = self.weight.split(self.held_out_batch)
-        if self._keep_held_out and self._held_out is None:
-            self._held_out = [self._base_logits(part) for part in parts]
-        total = count = 0.0
-        for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            known = self._held_out
-            target = self._base_logits(part) if known is None else known[index]
-            share = weight[:, 1:].sum().item()
-            logits = student(part, use_cache=False).logits
-            total += share * losses.kl_loss(target, logits, weight).item()
-            count += share
-            self.context.meter.add(part.numel(), weights=self.base.num_parameters())
+        says = self._base_logits if self.plain else self.base_hidden
+        with self.precision():
+            if self._keep_held_out and self._held_out is None:
+                self._held_out = [says(part) for part in parts]
+            total = count = 0.0
+            for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+                known = self._held_out
+                target = says(part) if known is None else known[index]
+                share = weight[:, 1:].sum().item()
+                total += share * self._kl(student, part, target, weight)
+                count += share
+                self.context.meter.add(part.numel(), weights=self.base.num_parameters())
         return total / max(count, 1e-8)
+
+    def _kl(self, student: Any, tokens: Tensor, target: Tensor, weight: Tensor) -> float:
+        """Weighted mean KL on tokens (B,T); target: base logits (B,T,V), hidden states (B,T,E)."""
+        if self.plain:
+            logits = student(tokens, use_cache=False).logits
+            return losses.kl_loss(target, logits, weight).item()
+        hidden = final_hidden(student, tokens)
+        return losses.distillation_loss(
+            hidden, head_of(student), self.as_targets(target), weight
+        ).item()
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast, where the settings and the hardware have it."""
+        return precision(self.base.device, self.settings.autocast)
+
+    def as_targets(self, hidden: Tensor) -> Targets:
+        """What the base says, from its final hidden states (B,T,E)."""
+        return Targets("hidden", hidden=hidden, head=head_of(self.base).detach())
+
+    def base_hidden(self, tokens: Tensor) -> Tensor:
+        """Final hidden states (B,T,E) of the base on tokens (B,T)."""
+        self.context.meter.add(tokens.numel(), weights=self.base.num_parameters())
+        return final_hidden(self.base, tokens)
 
     def _base_logits(self, tokens: Tensor) -> Tensor:
         self.context.meter.add(tokens.numel(), weights=self.base.num_parameters())
         logits: Tensor = self.base(tokens, use_cache=False).logits
         return logits
+
+
+class SharedTeacher(Teacher):
+    """The base as a teacher that runs once per micro-batch, for all candidates of a round."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
+        self.vocabulary = shared.base.config.vocab_size
+        self._kept: dict[tuple[int, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def targets(
+        self,
+        tokens: Tensor,
+        rows: Sequence[int] | Tensor,
+        *,
+        split: str = "train",
+        boundaries: Tensor | None = None,
+    ) -> Targets:
+        """The base's final hidden states (B,T,E) on tokens (B,T), the corpus's rows `rows`."""
+        key = tuple(int(row) for row in rows)
+        if key not in self._kept:
+            most = self.shared.cached_steps * self.shared.settings.accumulate
+            while len(self._kept) >= most:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = self.shared.base_hidden(tokens)
+        return self.shared.as_targets(self._kept[key])
 
 
 def _mixer_start(context: SelectionContext) -> tuple[Any, str, Path | None]:
@@ -174,7 +241,7 @@ def _mixer_start(context: SelectionContext) -> tuple[Any, str, Path | None]:
 
 
 class Trainer:
-    """One candidate in training; the losses of its steps so far are `losses`."""
+    """One candidate in training: the losses of its steps so far, and what they cost."""
 
     def __init__(self, shared: Shared, candidate: Candidate) -> None:
         self.shared, self.candidate = shared, candidate
@@ -182,44 +249,73 @@ class Trainer:
         self.stage = StageSettings(
             tokens=settings.tokens,
             batch_size=settings.batch_size,
+            accumulate=settings.accumulate,
             learning_rate=settings.learning_rate,
+            groups=settings.groups,
             schedule=settings.schedule,
+            warmup_fraction=settings.warmup_fraction,
+            decay_vectors=settings.decay_vectors,
         )
         self.student = shared.hybrid(candidate.kept)
         self.optimiser, self.names = optimisers.build(self.student, self.stage)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
         self.weights = self.student.num_parameters()
         self.losses: list[float] = []
+        self.spent = Spent()
+        self.task = Stage(
+            self.stage, self.student, shared.base, shared.teacher, autocast=settings.autocast
+        )
 
     def train(self, until: int) -> None:
         """Steps up to `until` (exclusive); raises `SelectionError` when a gradient is no number."""
+        before = self.shared.context.meter.spent()
+        with recomputing(self.student, self.shared.settings.activation_checkpointing):
+            self._train(until)
+        self.spent += self.shared.context.meter.spent() - before
+
+    def _train(self, until: int) -> None:
+        batches = self.shared.batches
         self.student.train()
         for step in range(len(self.losses), until):
-            tokens, weight, target = self.shared.target(step)
             optimisers.set_rate(self.optimiser, self.stage, step, self.shared.steps)
-            loss = losses.kl_loss(target, self.student(tokens, use_cache=False).logits, weight)
-            loss.backward()
+            loss = self._gradients(step)
             limit = math.inf if self.stage.clip is None else self.stage.clip
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
             if not torch.isfinite(norm):
                 raise SelectionError(
                     f"kl_guided: candidate {self.candidate.name}: the gradient is not finite at "
-                    f"step {step + 1} (loss {loss.item()}); lower learning_rate"
+                    f"step {step + 1} (loss {loss}); lower learning_rate"
                 )
             self.optimiser.step()
             self.optimiser.zero_grad(set_to_none=True)
-            self.losses.append(loss.item())
-            self.shared.context.meter.add(tokens.numel(), weights=self.weights, trained=True)
+            self.losses.append(loss)
+            self.shared.context.meter.add(
+                batches.tokens_per_batch, weights=self.weights, trained=True
+            )
+
+    def _gradients(self, step: int) -> float:
+        """Gradients of a step's loss, which is returned."""
+        if not self.shared.plain:
+            batch = self.shared.batches.batch(step)
+            # documents of isolated packing see each other here, as in every other score
+            return self.task.backward(Batch(batch.tokens, batch.weight, batch.rows)).total
+        tokens, weight, target = self.shared.target(step)
+        loss = losses.kl_loss(target, self.student(tokens, use_cache=False).logits, weight)
+        loss.backward()
+        return loss.item()
 
     def result(self) -> Result:
         """The candidate's scores as it is now."""
+        before = self.shared.context.meter.spent()
         recent = self.losses[-self.shared.settings.score_window :]
         held_out = self.shared.held_out_kl(self.student.eval())
+        self.spent += self.shared.context.meter.spent() - before
         return Result(held_out, sum(recent) / len(recent), len(self.losses))
 
     def save(self, folder: Path, owner: str) -> None:
         """Write weights, optimiser and losses under `folder`."""
         meta = {"digest": owner, "stage": 0, "step": len(self.losses), "losses": self.losses}
+        meta |= {"spent": vars(self.spent)}
         states.save(folder, self.student, self.optimiser, self.names, meta)
 
     def resume(self, folder: Path, owner: str) -> None:
@@ -232,6 +328,8 @@ class Trainer:
         if found is not None:
             states.restore(found["path"], self.student, self.optimiser, self.names)
             self.losses = list(found["losses"])
+            self.spent = Spent(**found["spent"])
+            self.shared.context.meter.include(self.spent)
 
 
 class Candidates:
@@ -241,6 +339,7 @@ class Candidates:
         self.shared = shared
         state = shared.context.resources.get("state")
         self.state = Path(state) if state else None
+        self.reused: list[str] = []  # candidates that another job has trained
 
     def score(
         self,
@@ -260,12 +359,13 @@ class Candidates:
             for c in candidates
         ]
         found = [self._read(c, key) for c, key in zip(candidates, keys, strict=True)]
-        if check is None and self.shared.last <= self.shared.cached_steps:
+        shared = self.shared
+        if check is None and (
+            shared.last <= shared.cached_steps or not shared.settings.side_by_side
+        ):
             for index, result in enumerate(found):
                 if result is None:
-                    trainer = Trainer(self.shared, candidates[index])
-                    trainer.train(self.shared.last)
-                    found[index] = self._finish(trainer, keys[index])
+                    found[index] = self._alone(candidates[index], keys[index])
         else:
             todo = [i for i, result in enumerate(found) if result is None]
             if check is not None and todo:
@@ -275,6 +375,12 @@ class Candidates:
             for index, trainer in zip(todo, trainers, strict=True):
                 found[index] = self._finish(trainer, keys[index])
         return [result for result in found if result is not None]
+
+    def _alone(self, candidate: Candidate, key: str) -> Result:
+        # a function of its own: its student is gone when the next one is made
+        trainer = Trainer(self.shared, candidate)
+        self._rounds([trainer], [key], None)
+        return self._finish(trainer, key)
 
     def _rounds(self, trainers: list[Trainer], keys: list[str], check: Check | None) -> None:
         """Train all of `trainers` to the end or to where `check` stops them."""
@@ -288,11 +394,19 @@ class Candidates:
             done = min(shared.last, done + shared.cached_steps, asked)
             for trainer in trainers:
                 trainer.train(done)
-            shared.context.progress(f"kl_guided: {done} of {shared.last} steps")
+            if len(trainers) > 1:
+                shared.context.progress(f"kl_guided: {done} of {shared.last} steps")
+            elif done % every == 0:
+                name = trainers[0].candidate.name
+                loss = trainers[0].losses[done - 1]
+                shared.context.progress(
+                    f"kl_guided: {name}: {done} of {shared.last} steps, loss {loss:.4f}"
+                )
             # an interrupted save may have left some candidates ahead of others
             if check is not None and done == asked and check([t.losses[:done] for t in trainers]):
                 break
-            if time.perf_counter() - saved > SAVE_EVERY_SECONDS:
+            due = time.perf_counter() - saved > shared.settings.save_every_seconds
+            if due and done < shared.last:
                 for trainer, folder, key in zip(trainers, folders, keys, strict=True):
                     if folder is not None:
                         trainer.save(folder, key)
@@ -305,6 +419,7 @@ class Candidates:
         folder = self._folder(candidate)
         if folder is not None:
             record = {"digest": key, "layer": candidate.layer, "kept": candidate.kept}
+            record["spent"] = vars(trainer.spent)
             write_json(folder.with_suffix(".json"), {**record, **vars(result)})
             states.discard(folder)
         return result
@@ -320,4 +435,6 @@ class Candidates:
         record = read_json(file)
         if record.get("digest") != key:
             return None
+        self.shared.context.meter.include(Spent(**record["spent"]))
+        self.reused.append(candidate.name)
         return Result(record["held_out"], record["training_loss"], record["steps"])

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rad.distillation.shared_prefix import share_frozen
 from rad.placement import Placement, Scores
 from rad.selection.agreement import spearman
 from rad.selection.base import SelectionContext, ranked
@@ -54,6 +55,11 @@ def select(context: SelectionContext) -> Placement:
     # stage 1 is teacher-forced: no layer's loss depends on what was chosen before
     sequential = settings.greedy == "sequential" and not settings.variant.endswith("_s1")
     scores, higher = run.sequential() if sequential else run.one_shot()
+    if run.candidates.reused:
+        run.report["reused"] = {
+            "candidates": run.candidates.reused,
+            "trained_tokens": round(context.meter.reused.trained),
+        }
     kept = context.best_layers(scores, higher)
     name = UNITS[settings.variant]
     if sequential:
@@ -76,7 +82,8 @@ class _Run:
         self.shared = Shared(context, settings)
         self.candidates = Candidates(self.shared)
         self.layers = list(range(context.layers))
-        self.linear = self.shared.hybrid([])
+        self.linear = self.shared.hybrid([]).requires_grad_(False)
+        share_frozen(self.linear, self.shared.base)
         self.swap = SwapScore(
             self.shared.base,
             self.linear,
@@ -170,19 +177,21 @@ class _Run:
     def _swapped(
         self, move: str, fixed: Sequence[int], layers: Sequence[int]
     ) -> tuple[float, list[float]]:
-        intact, found = self.swap(self._softmax(move, fixed), layers)
+        with self.shared.precision():
+            intact, found = self.swap(self._softmax(move, fixed), layers)
         return intact, [found[layer] for layer in layers]
 
     def stage1(self) -> dict[str, list[float]]:
         """GA-S1 and GR-S1 of every layer, from one table of residuals."""
-        errors = residuals(
-            self.shared.base,
-            self.linear,
-            self.shared.tokens,
-            self.shared.weight,
-            self.shared.held_out_batch,
-            self.context.meter,
-        )
+        with self.shared.precision():
+            errors = residuals(
+                self.shared.base,
+                self.linear,
+                self.shared.tokens,
+                self.shared.weight,
+                self.shared.held_out_batch,
+                self.context.meter,
+            )
         self.report["residuals"] = errors
         total, count = sum(errors), len(errors)
         return {

@@ -23,6 +23,8 @@ from rad.files import digest
 from rad.models.sources import describe, load, load_tokenizer
 from rad.placement import Budget, Placement, first_error
 from rad.selection.base import SelectionContext, SelectionError, head_bytes_of, select
+from rad.selection.reuse import alone
+from rad.selector_settings import SHARE_SCORES
 from rad.settings import (
     SELECTOR_SETTINGS,
     AlignmentSettings,
@@ -80,7 +82,32 @@ def run(
     state: Path | None = None,
     device: str = "cpu",
 ) -> Placement:
-    """Run a selector on a described base (`models/<name>/source.json`) and check its placement."""
+    """Run a selector on a described base (`models/<name>/source.json`) and check its placement.
+
+    Jobs of one state folder take turns where they have scores to share.
+    """
+    if state is not None and method in SHARE_SCORES:
+        # before the weights are loaded: who waits needs no memory
+        with alone(state, _say):
+            return _run(method, settings, record, budget, corpus, aligned, mixer, state, device)
+    return _run(method, settings, record, budget, corpus, aligned, mixer, state, device)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _run(
+    method: str,
+    settings: Settings,
+    record: Mapping[str, Any],
+    budget: Budget,
+    corpus: Path | None,
+    aligned: Path | None,
+    mixer: Mapping[str, Any] | None,
+    state: Path | None,
+    device: str,
+) -> Placement:
     wanted = needs_of(settings)
     weights: dict[str, Any] = {}
     if "model" in wanted:
@@ -96,7 +123,7 @@ def run(
         budget=budget,
         settings=settings,
         corpus=corpus,
-        progress=lambda text: print(text, file=sys.stderr, flush=True),
+        progress=_say,
         provenance={"base_weights_sha256": record["weights_sha256"]},
         resources={
             "aligned": aligned,

@@ -27,6 +27,7 @@ include: "workflow/rules/convert.smk"
 include: "workflow/rules/distil.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
+include: "workflow/rules/papers.smk"
 
 
 report: "workflow/report/workflow.rst"

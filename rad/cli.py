@@ -16,6 +16,8 @@ from pathlib import Path
 
 from rad.commands import bench, efficiency, estimate, gpu, papers, ruler, scoring, stages, tools
 from rad.commands.options import Verb
+from rad.devices import VARIABLE
+from rad.gpu import launch, launched
 
 STOPPED = 75
 
@@ -38,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
         prog="rad", description="Turn a pretrained Transformer into a Transformer-SSM hybrid."
     )
     root.add_argument("--threads", type=int, default=None, help="CPU threads (default: all)")
+    root.add_argument("--gpus", type=int, default=None, help="GPUs of its own; 0: the CPU")
     verbs = root.add_subparsers(dest="verb", required=True, metavar="verb")
     for name, (function, arguments) in VERBS.items():
         verb = verbs.add_parser(name, help=(function.__doc__ or "").rstrip("."))
@@ -60,11 +63,26 @@ def _limit_threads(threads: int | None) -> None:
             os.environ[name] = str(threads)
 
 
+def _to_gpus(args: argparse.Namespace, arguments: Sequence[str]) -> None:
+    """Start again on as many GPUs of its own as `--gpus` says, unless already there."""
+    if args.gpus is None:
+        return
+    one_process = hasattr(args, "device_map")
+    if args.gpus and not one_process and not hasattr(args, "device"):
+        raise ValueError("this verb computes on the CPU: call it without --gpus")
+    # no GPU that was not asked for, and no CPU while a GPU waits
+    os.environ.setdefault(VARIABLE, "cuda" if args.gpus else "cpu")
+    if args.gpus and not launched():
+        launch(arguments, args.gpus, one_process)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     args = parser().parse_args(arguments)
     _limit_threads(args.threads)
     try:
+        _to_gpus(args, arguments)
         args.function(args)
     except (ValueError, FloatingPointError) as error:
         if not _ours(error) or os.environ.get("RAD_TRACEBACK"):

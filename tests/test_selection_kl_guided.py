@@ -316,19 +316,26 @@ def test_finished_candidates_are_not_trained_again(inputs: Inputs, tmp_path: Pat
     alone = select(inputs.context())
     assert resumed.scores == alone.scores
     part = 5 * 4 * CONTEXT
-    assert resumed.cost.trained_tokens == (LAYERS - 1) * part
+    # a placement says what its scores cost, whoever spent it
+    assert resumed.cost.trained_tokens == LAYERS * part == alone.cost.trained_tokens
+    assert report_of(resumed)["reused"] == {
+        "candidates": ["restore-00-layer000"],
+        "trained_tokens": part,
+    }
+    assert "reused" not in report_of(alone)
     both = select(inputs.context(state=state, variant="avg_s2"))
-    assert both.cost.trained_tokens == LAYERS * part, "the restored candidates are known"
+    assert both.cost.trained_tokens == 2 * LAYERS * part
+    assert report_of(both)["reused"]["trained_tokens"] == LAYERS * part, "the restored are known"
     other = select(inputs.context(state=state, learning_rate=1e-4))
-    assert other.cost.trained_tokens == LAYERS * part and other.scores != alone.scores
+    assert "reused" not in report_of(other) and other.scores != alone.scores
 
 
 def test_rounds_resume_where_they_were_saved(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(candidates, "SHARED_LOGITS", 2 * 4 * CONTEXT * 96)
-    monkeypatch.setattr(candidates, "SAVE_EVERY_SECONDS", 0.0)
-    context = inputs.context(state=tmp_path / "state")
+    state, often = tmp_path / "state", {"save_every_seconds": 1e-9}
+    context = inputs.context(state=state, **often)
 
     def stop_at_step_4(message: str) -> None:
         if "4 of 5 steps" in message:
@@ -337,10 +344,12 @@ def test_rounds_resume_where_they_were_saved(
     context.progress = stop_at_step_4
     with pytest.raises(Stop):
         select(context)
-    resumed = select(inputs.context(state=tmp_path / "state"))
-    assert resumed.scores == select(inputs.context()).scores
-    assert resumed.cost.trained_tokens == LAYERS * 3 * 4 * CONTEXT
-    assert not list((tmp_path / "state").rglob("*.safetensors"))
+    resumed = select(inputs.context(state=state, **often))
+    alone = select(inputs.context())
+    assert resumed.scores == alone.scores
+    assert report_of(resumed)["reused"]["trained_tokens"] == LAYERS * 2 * 4 * CONTEXT
+    assert resumed.cost.trained_tokens == LAYERS * 5 * 4 * CONTEXT
+    assert not list(state.rglob("*.safetensors"))
 
 
 def test_what_cannot_be_selected_is_refused(inputs: Inputs) -> None:

@@ -67,7 +67,7 @@ def counter(tokenizer_path: str) -> Count:
 
 
 def trained_context(tokenizer_path: str) -> int | None:
-    """The context length that a checkpoint folder states, or a cached hub id, in tokens, or None."""
+    """The context that a checkpoint folder or a cached hub id states, in tokens, or None."""
     if not Path(tokenizer_path).is_dir():
         tokenizer_path = _cached(tokenizer_path)
     for name, key in (

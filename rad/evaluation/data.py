@@ -267,7 +267,7 @@ _KEYS = {"gsm8k_train": "shot_files"}
 
 def input_files(settings: EvaluationSettings, root: Path = Path(".")) -> list[str]:
     """The files that the tasks read: those of the settings, and those found in the data folder."""
-    data, found = Path(settings.data), set()
+    data, found = Path(settings.data), set[str]()
     for task in settings.tasks.values():
         for key in ("files", "shot_files", "questions"):
             found.update(getattr(task, key, ()))

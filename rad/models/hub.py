@@ -169,7 +169,7 @@ def _ask(api: HfApi, source: str, revision: str | None, kind: Kind) -> Any:
             f"{what}: the hub has no such repository, or it is private: correct the name, or run "
             "`hf auth login`"
         ) from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise HubError(
             f"{what}{at} is neither in a folder nor in the cache, and the hub does not answer; "
             f"where there is a network run {_command(source, revision, kind)}, or name a folder"

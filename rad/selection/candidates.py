@@ -33,7 +33,7 @@ from rad.distillation.batches import Batch, Batches, slice_of
 from rad.distillation.loop import recomputing
 from rad.distillation.speed import precision
 from rad.distillation.stages import Stage
-from rad.distillation.targets import Targets, final_hidden, head_of
+from rad.distillation.targets import Targets, check_head, final_hidden, head_of
 from rad.distillation.teachers import Teacher
 from rad.files import digest, file_digest, read_json, write_json
 from rad.mixers import MIXERS
@@ -98,12 +98,12 @@ class Shared:
             self.last = self.steps
         values = self.batches.tokens_per_batch * self.base.config.vocab_size
         # nothing to save: the plain loss, on logits that are whole
-        self.plain = (
-            values <= SHARED_LOGITS and settings.accumulate == 1 and not settings.autocast
-        )
+        self.plain = values <= SHARED_LOGITS and settings.accumulate == 1 and not settings.autocast
         width = self.base.config.vocab_size if self.plain else self.base.config.hidden_size
         self.cached_steps = max(1, SHARED_LOGITS // (self.batches.tokens_per_batch * width))
         self._kept: dict[int, Tensor] = {}
+        if not self.plain:
+            check_head(self.base)
         self.teacher = SharedTeacher(self)
         self.tokens, self.weight = slice_of(
             corpus.rows("held_out"), corpus.weights("held_out"), slice(0, settings.held_out_rows)
@@ -389,12 +389,15 @@ class Candidates:
             if folder is not None:
                 trainer.resume(folder, key)
         every, done, saved = shared.settings.check_every, 0, time.perf_counter()
+        several = len(trainers) > 1
+        # a lone candidate shares no logits: it stops after every step to see whether to save
+        stride = shared.cached_steps if several or check is not None else 1
         while trainers and done < shared.last:
             asked = shared.last if check is None else (done // every + 1) * every
-            done = min(shared.last, done + shared.cached_steps, asked)
+            done = min(shared.last, done + stride, asked)
             for trainer in trainers:
                 trainer.train(done)
-            if len(trainers) > 1:
+            if several:
                 shared.context.progress(f"kl_guided: {done} of {shared.last} steps")
             elif done % every == 0:
                 name = trainers[0].candidate.name
@@ -406,7 +409,7 @@ class Candidates:
             if check is not None and done == asked and check([t.losses[:done] for t in trainers]):
                 break
             due = time.perf_counter() - saved > shared.settings.save_every_seconds
-            if due and done < shared.last:
+            if due and (several or done < shared.last):
                 for trainer, folder, key in zip(trainers, folders, keys, strict=True):
                     if folder is not None:
                         trainer.save(folder, key)

@@ -55,7 +55,7 @@ def select(context: SelectionContext) -> Placement:
     # stage 1 is teacher-forced: no layer's loss depends on what was chosen before
     sequential = settings.greedy == "sequential" and not settings.variant.endswith("_s1")
     scores, higher = run.sequential() if sequential else run.one_shot()
-    if run.candidates.reused:
+    if context.meter.reused.tokens:
         run.report["reused"] = {
             "candidates": run.candidates.reused,
             "trained_tokens": round(context.meter.reused.trained),

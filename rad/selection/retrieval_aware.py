@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rad.files import digest
 from rad.placement import BudgetError, Placement, Scores
 from rad.selection import probes
 from rad.selection.agreement import spearman
@@ -34,6 +35,7 @@ from rad.selection.head_ablation import (
 from rad.selection.probe_fit import check_ceiling, check_chance, tune_pairs
 from rad.selection.probes import Probe
 from rad.selection.recall_probes import is_nano
+from rad.selection.reuse import remembered
 from rad.settings import RetrievalAwareSettings
 
 TUNING_ROWS = 64  # probe prompts per number of pairs tried
@@ -186,11 +188,9 @@ class _Run:
             return _Measured(
                 ablation.drop(settings.score).mean(-1), ablation, set(self.every), None
             )
-        total = sum(len(probe.rows) for probe in self.probes)
-        slopes = torch.zeros(self.context.layers, self.context.heads, dtype=torch.float64)
-        for probe in self.probes:
-            slope = gate_gradients(self.model, probe, settings.batch_size, self.context.meter)
-            slopes += slope * len(probe.rows) / total
+        slopes = remembered(
+            self.context, "retrieval_aware-slopes", self._key(), lambda: {"slopes": self._slopes()}
+        )["slopes"]
         first = rank(slopes)[: max(1, round(share * len(self.every)))]
         count = len(_budgeted(self.context, self._indices(rank(slopes))))
         if count > len(first):
@@ -214,7 +214,41 @@ class _Run:
             record["spearman"] = spearman(slopes.flatten().tolist(), exact.flatten().tolist())
         return _Measured(scores, ablation, set(first), record)
 
+    def _slopes(self) -> Tensor:
+        """Mean gradient of the margin with respect to each head's gate, (L,H)."""
+        settings, total = self.settings, sum(len(probe.rows) for probe in self.probes)
+        slopes = torch.zeros(self.context.layers, self.context.heads, dtype=torch.float64)
+        for probe in self.probes:
+            slope = gate_gradients(self.model, probe, settings.batch_size, self.context.meter)
+            slopes += slope * len(probe.rows) / total
+        return slopes
+
+    def _key(self) -> str:
+        """Digest of all that the scores are a function of; the budget is not."""
+        context, unused = self.context, {"control", "shift", "threshold", "unfit_probe"}
+        return digest(
+            {
+                "settings": self.settings.model_dump(mode="json", exclude=unused),
+                "base": [context.base, context.provenance.get("base_weights_sha256")],
+                "probes": [digest(probe.tokens.tolist()) for probe in self.probes],
+            }
+        )
+
     def _ablate(self, only: set[Pair] | None) -> Ablation:
+        """Scores of the intact base and with each head (or those of `only`) zeroed alone."""
+
+        def work() -> dict[str, Tensor]:
+            found = self._ablated(only)
+            parts = {"intact": found.intact, "zeroed": found.zeroed}
+            return {f"{part}.{name}": parts[part][name] for part in parts for name in MEASURES}
+
+        found = remembered(self.context, "retrieval_aware-ablation", self._key(), work)
+        return Ablation(
+            {name: found[f"intact.{name}"] for name in MEASURES},
+            {name: found[f"zeroed.{name}"] for name in MEASURES},
+        )
+
+    def _ablated(self, only: set[Pair] | None) -> Ablation:
         settings, context = self.settings, self.context
         return Ablation.join(
             [

@@ -92,4 +92,3 @@ def _read(path: Path, key: str) -> tuple[dict[str, Tensor], Spent] | None:
             return None
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return tensors, Spent(**json.loads(said["spent"]))
-

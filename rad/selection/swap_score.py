@@ -16,8 +16,12 @@ from torch import Tensor
 
 from rad.distillation import losses
 from rad.distillation.layerwise import attention_pairs
+from rad.distillation.targets import Targets, head_of
 from rad.selection.base import CostMeter
 from rad.selection.prefix import Prefix
+
+# values of a batch's logits up to which they are formed at once; above, a few tokens at a time
+WHOLE_LOGITS = 200_000_000
 
 
 @torch.no_grad()
@@ -73,7 +77,7 @@ class SwapScore:
         ):
             share = weight[:, 1:].sum().item() / max(whole, 1e-8)
             runs = {kind: Prefix(model, part) for kind, model in self.models.items()}
-            target = runs[True].logits(runs[True].output)
+            target = self._target(runs[True])
             inputs = self._inputs(runs, kept)
             intact += share * self._kl(runs[True], target, inputs[depth], weight)
             for layer in swapped:
@@ -103,5 +107,17 @@ class SwapScore:
         return inputs
 
     @staticmethod
-    def _kl(base: Prefix, target: Tensor, hidden: Tensor, weight: Tensor) -> float:
-        return losses.kl_loss(target, base.logits(hidden), weight).item()
+    def _target(base: Prefix) -> Tensor | Targets:
+        """What the base says: logits (B,T,V), or hidden states where those would be large."""
+        head = head_of(base.model).detach()
+        if base.output[..., 0].numel() * head.vocabulary <= WHOLE_LOGITS:
+            return base.logits(base.output)
+        return Targets("hidden", hidden=base.model.get_decoder().norm(base.output), head=head)
+
+    @staticmethod
+    def _kl(base: Prefix, target: Tensor | Targets, hidden: Tensor, weight: Tensor) -> float:
+        if isinstance(target, Tensor):
+            return losses.kl_loss(target, base.logits(hidden), weight).item()
+        assert target.head is not None
+        final = base.model.get_decoder().norm(hidden)
+        return losses.distillation_loss(final, target.head, target, weight).item()

@@ -8,7 +8,7 @@
 3. Weights, scores, samples, placements and curves of both are compared.
 4. GPU jobs: distinct devices, several to one job, torchrun (on CPUs: the devices are no GPUs).
 
-Takes about ten minutes on two cores. Skipped, saying why, where Slurm cannot be had.
+Takes about twenty minutes on two cores. Skipped, saying why, where Slurm cannot be had.
 """
 
 from __future__ import annotations
@@ -221,6 +221,8 @@ def test(folder: Path) -> None:
     local, remote = copy(folder / "local"), copy(folder / "slurm")
     profile = profile_for_here(folder / "profile")
     with cluster(folder / "cluster", cpus=8, gpus=2) as environment:
+        environment["TMPDIR"] = str(folder / "tmp")  # device locks of jobs stay there
+        Path(environment["TMPDIR"]).mkdir()
         start = time.monotonic()
         watch = run_on_slurm(remote, profile, environment)
         states = sorted(state for state, _ in watch.jobs.values())

@@ -11,6 +11,8 @@ rule align:
         "<results>/benchmarks/align/{base}-{mixer}.jsonl"
     priority: 20
     threads: 1
+    resources:
+        gpu=0,
     params:
         state=HELPERS.state,
         mixer=HELPERS.mixer,
@@ -18,7 +20,8 @@ rule align:
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "rad --threads {threads} align --model {input.model} --mixer {params.mixer:q} "
+        "exec rad --threads {threads} --gpus {resources.gpu} align --model {input.model} "
+        "--mixer {params.mixer:q} "
         "--settings {params.settings:q} --corpus {params.corpus} "
         "--state {params.state}/align-{wildcards.base}-{wildcards.mixer} "
         "--output {params.folder} >> {log} 2>&1"

@@ -19,6 +19,8 @@ rule distil:
         "<results>/benchmarks/distil/{run}.jsonl"
     priority: 5  # before evaluations, which then fill the idle core at the end
     threads: 1
+    resources:
+        gpu=0,
     params:
         state=HELPERS.state,
         corpus=subpath(input.corpus, parent=True),
@@ -28,6 +30,7 @@ rule distil:
         probe_samples=STUDY.evaluation.probe_samples,
         folder=subpath(input.spec, parent=True),
     shell:
-        "rad --threads {threads} distil --spec {input.spec} --placement {input.placement} "
+        "exec rad --threads {threads} --gpus {resources.gpu} distil --spec {input.spec} "
+        "--placement {input.placement} "
         "--corpus {params.corpus} --tasks {params.tasks} --probe-samples {params.probe_samples} "
         "{params.aligned} {params.teacher} --state {params.state}/{wildcards.run} --output {params.folder} >> {log} 2>&1"

@@ -13,10 +13,13 @@ rule evaluate:
     benchmark:
         "<results>/benchmarks/evaluate/{scored}.jsonl"
     threads: 1
+    resources:
+        gpu=0,
     params:
         settings=HELPERS.tasks,
         tasks=subpath(input.tasks, parent=True),
         folder=subpath(input.spec, parent=True),
     shell:
-        "rad --threads {threads} evaluate --spec {input.spec} --tasks {params.tasks} "
+        "rad --threads {threads} --gpus {resources.gpu} evaluate --spec {input.spec} "
+        "--tasks {params.tasks} "
         "--settings {params.settings:q} --output {params.folder} > {log} 2>&1"

@@ -28,5 +28,5 @@ rule pretrain:
     params:
         folder=subpath(output[0], parent=True),
     shell:
-        "rad --threads {threads} pretrain --size {wildcards.size} "
+        "exec rad --threads {threads} pretrain --size {wildcards.size} "
         "--output {params.folder} >> {log} 2>&1"

@@ -14,10 +14,13 @@ rule select:
         selector=HELPERS.either([]),  # matches nothing
     priority: 20
     threads: 1
+    resources:
+        gpu=0,
     params:
         method=HELPERS.selector_method,
         settings=HELPERS.selector,
         options=HELPERS.selector_options,
     shell:
-        "rad --threads {threads} select {params.method} --settings {params.settings:q} "
+        "exec rad --threads {threads} --gpus {resources.gpu} select {params.method} "
+        "--settings {params.settings:q} "
         "--model {input.model} --budget {wildcards.budget} {params.options} --out {output} >> {log} 2>&1"

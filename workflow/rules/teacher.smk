@@ -16,12 +16,15 @@ rule teacher_outputs:
         model=HELPERS.either(HELPERS.teachers_at_once),
     priority: 30
     threads: 1
+    resources:
+        gpu=0,
     params:
         options=HELPERS.teacher_outputs_options,
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "rad --threads {threads} teacher-outputs --model {input.model} --corpus {params.corpus} "
+        "exec rad --threads {threads} --gpus {resources.gpu} teacher-outputs --model {input.model} "
+        "--corpus {params.corpus} "
         "{params.options} --output {params.folder} >> {log} 2>&1"
 
 
@@ -45,7 +48,7 @@ rule teacher_start:
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "rad --threads {threads} teacher-outputs --step start --model {input.model} "
+        "exec rad --threads {threads} teacher-outputs --step start --model {input.model} "
         "--corpus {params.corpus} {params.options} --output {params.folder} >> {log} 2>&1"
 
 
@@ -66,12 +69,15 @@ rule teacher_part:
         parts=r"\d{5}",
     priority: 30
     threads: 1
+    resources:
+        gpu=0,
     params:
         options=HELPERS.teacher_outputs_options,
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "rad --threads {threads} teacher-outputs --step part --part {wildcards.part} "
+        "exec rad --threads {threads} --gpus {resources.gpu} teacher-outputs --step part "
+        "--part {wildcards.part} "
         "--parts {wildcards.parts} --model {input.model} --corpus {params.corpus} "
         "{params.options} --output {params.folder} >> {log} 2>&1"
 
@@ -94,5 +100,5 @@ rule teacher_merge:
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "rad teacher-outputs --step merge --model {input.model} --corpus {params.corpus} "
+        "exec rad teacher-outputs --step merge --model {input.model} --corpus {params.corpus} "
         "--output {params.folder} >> {log} 2>&1"

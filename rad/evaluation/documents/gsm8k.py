@@ -86,7 +86,7 @@ def _check_room(
     request: Request, form: Form, shots: list[tuple[str, str]], rows: list[Document]
 ) -> None:
     """Raise `TaskError` saying how many worked examples fit when they do not."""
-    new, wanted = request.settings.max_new_tokens, len(shots)
+    new, wanted = int(request.settings.max_new_tokens), len(shots)
     longest = max((row["question"] for row in rows), key=request.count)
 
     def need(used: int) -> int:

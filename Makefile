@@ -69,8 +69,9 @@ demo: $(STAMP)
 smoke: $(STAMP)
 	"$(BIN)/snakemake" --cores all --configfile config/nano.yaml config/smoke.yaml
 
+# a file per process at a time; one thread each, for two pools on two cores slow each other down
 test: $(STAMP)
-	"$(BIN)/python" -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 $(TRITON_STAMP): envs/triton.txt envs/cpu.txt pyproject.toml $(STAMP)
 	"$(BIN)/python" -m venv "$(TRITON_VENV)"

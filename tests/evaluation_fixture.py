@@ -123,6 +123,8 @@ def _entry(name: str, metric: str, **changes: Any) -> dict[str, Any]:
         "kind": name,
         "family": name,
         "metric": metric,
+        "metrics": [metric],
+        "facts": {},
         "higher_is_better": True,
         "subtask": None,
         "length": None,

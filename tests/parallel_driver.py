@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from rad.data import isolation
 from rad.data.corpus import Corpus
 from rad.distillation import loop, parallel
+from rad.distillation.measure import HeldOut
 from rad.distillation.stages import Stage
 from rad.distillation.teacher_outputs import write_outputs
 from rad.distillation.teachers import StoredTeacher
@@ -78,6 +79,13 @@ def teacher() -> Any:
     return base_model(seed=5).requires_grad_(False)
 
 
+def _taught(folder: Path) -> loop.Job:
+    """A live teacher, which the held-out figures are of too."""
+    taught = _few(folder, stage(divergence="jsd"), teacher=teacher())
+    taught.measure = HeldOut(taught.corpus, taught.base, taught.teacher, rows=4)
+    return taught
+
+
 def _stored(folder: Path) -> loop.Job:
     stored = StoredTeacher(folder / "outputs", Corpus(folder / "whole"), vocab_size=96)
     return _few(folder, stage(), teacher=stored, vocabulary=stored.vocabulary)
@@ -90,7 +98,7 @@ JOBS: dict[str, Callable[[Path], loop.Job]] = {
     "isolated": lambda folder: _few(folder, stage(batch_size=6, accumulate=2), "isolate"),
     "mixers": lambda folder: _few(folder, stage(trainable="mixers", ce_weight=0.5)),
     "recomputed": lambda folder: _few(folder, stage(), activation_checkpointing=True),
-    "teacher": lambda folder: _few(folder, stage(divergence="jsd"), teacher=teacher()),
+    "teacher": _taught,
     "labels": lambda folder: _few(folder, stage("ce"), kind="heads", mixer="mamba"),
     "stored": _stored,
     "best": lambda folder: _few(

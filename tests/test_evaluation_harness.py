@@ -173,6 +173,7 @@ def test_the_files_follow_the_contract(
     assert about["dtype"] == "float32" and about["seconds"] > 0
     assert about["tasks"]["find_vt_64"] == {
         "metric": "exact_match",
+        "metrics": ["exact_match", "string_match"],
         "higher_is_better": True,
         "family": "ruler",
         "task": "find",

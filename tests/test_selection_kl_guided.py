@@ -334,7 +334,8 @@ def test_rounds_resume_where_they_were_saved(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(candidates, "SHARED_LOGITS", 2 * 4 * CONTEXT * 96)
-    state, often = tmp_path / "state", {"save_every_seconds": 1e-9}
+    state = tmp_path / "state"
+    often: dict[str, Any] = {"save_every_seconds": 1e-9}
     context = inputs.context(state=state, **often)
 
     def stop_at_step_4(message: str) -> None:

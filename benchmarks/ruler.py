@@ -33,7 +33,7 @@ from typing import Any
 from rad.evaluation.ruler import tasks
 from rad.evaluation.ruler.build import available, builder_of
 from rad.evaluation.ruler.store import Store
-from rad.evaluation.ruler.tokenizer import counter, tokenizer_digest
+from rad.evaluation.tokenizer import counter, tokenizer_digest
 
 Peer = Callable[[], list[dict[str, Any]]]
 SEED = 1234

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from rad.evaluation import build, ruler_text, sources
-from rad.evaluation.build import build_tasks, counter, template
+from rad.evaluation.build import build_tasks, template
 from rad.evaluation.documents.text import blocks
 from rad.evaluation.kinds import KINDS
 from rad.evaluation.scoring.contains import ruler_scores
+from rad.evaluation.tokenizer import counter
 from rad.settings import TASK_SETTINGS, EvaluationSettings
 from rad.task_settings import suite_names
 

@@ -18,7 +18,7 @@ def ruler(args: argparse.Namespace) -> None:
     from rad.evaluation.ruler import tasks
     from rad.evaluation.ruler.build import available, builder_of, missing
     from rad.evaluation.ruler.store import Store
-    from rad.evaluation.ruler.tokenizer import counter, tokenizer_digest
+    from rad.evaluation.tokenizer import counter, tokenizer_digest
 
     if (args.tokenizer is None) == (args.model is None):
         raise ValueError("name the tokenizer with --tokenizer (folder, hub id) or --model FILE")

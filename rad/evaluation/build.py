@@ -13,7 +13,7 @@ Needs the tokenizer but neither torch nor transformers, unless prompts have a ch
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,79 +24,11 @@ from rad.evaluation.data import MissingData
 from rad.evaluation.kinds import KINDS
 from rad.evaluation.request import Concrete, Request
 from rad.evaluation.sources import Count, Document, TaskError
-from rad.files import digest, file_digest, read_json, write_json, write_text
+from rad.evaluation.tokenizer import context_limit, counter, trained_context
+from rad.files import digest, file_digest, write_json, write_text
 from rad.settings import EvaluationSettings
 
 SCHEMA = 2
-
-# --- the tokenizer --------------------------------------------------------------------------
-
-
-def _counted(encode: Callable[[str], list[int]]) -> Count:
-    """Tokens of a text; the `<s>` that a chat template wrote is not counted twice."""
-    start = encode("")[:1]
-
-    def count(text: str) -> int:
-        tokens = encode(text)
-        return len(tokens) - (len(start) == 1 and tokens[:2] == start * 2)
-
-    return count
-
-
-def counter(tokenizer_path: str) -> Count:
-    """A function text -> number of tokens as the model will see them, `<s>` included.
-
-    `tokenizer_path` is a checkpoint folder, or a hub id in the local cache.
-    """
-    file = Path(tokenizer_path) / "tokenizer.json"
-    if file.is_file():
-        from tokenizers import Tokenizer
-
-        backend = Tokenizer.from_file(str(file))
-        backend.no_truncation()
-        return _counted(lambda text: backend.encode(text).ids)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
-    except (OSError, ValueError) as error:
-        raise TaskError(
-            f"no tokenizer at {tokenizer_path}: {str(error).splitlines()[0]}"
-        ) from error
-    return _counted(tokenizer.encode)
-
-
-def trained_context(tokenizer_path: str) -> int | None:
-    """The context that a checkpoint folder or a cached hub id states, in tokens, or None."""
-    if not Path(tokenizer_path).is_dir():
-        tokenizer_path = _cached(tokenizer_path)
-    for name, key in (
-        ("config.json", "max_position_embeddings"),
-        ("tokenizer_config.json", "model_max_length"),
-    ):
-        file = Path(tokenizer_path) / name
-        if file.is_file() and isinstance(value := read_json(file).get(key), int):
-            return value
-    return None
-
-
-def _cached(repository: str) -> str:
-    """The folder of a hub id in the local cache, where reading its tokenizer has put it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(repository, "config.json")
-    return str(Path(file).parent) if isinstance(file, str) else repository
-
-
-def context_limit(settings: EvaluationSettings, tokenizer_path: str) -> int:
-    """Longest prompt plus answer in tokens: `max_length`, else what the checkpoint states."""
-    limit = settings.max_length or trained_context(tokenizer_path)
-    if limit is None:
-        raise TaskError(
-            f"evaluation.max_length: {tokenizer_path} does not say how long its context is; set it"
-        )
-    return limit
-
 
 # --- documents ------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from rad.evaluation.ruler.generate import Builder
 from rad.evaluation.ruler.haystack import TextFiles
 from rad.evaluation.ruler.questions import QuestionFile, layout
 from rad.evaluation.ruler.store import Store
-from rad.evaluation.ruler.tokenizer import tokenizer_digest
 from rad.evaluation.sources import Count, Document, TaskError
+from rad.evaluation.tokenizer import tokenizer_digest
 
 BOOKS = Path("text/gutenberg")  # below the data folder: the default haystack
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from rad.evaluation.build import build_tasks
-from rad.evaluation.data import DATASETS
+from rad.evaluation.data import DATASETS, MissingData, Place, read_dataset
 from rad.evaluation.kinds import KINDS
 from rad.settings import EvaluationSettings
 
@@ -342,3 +342,44 @@ def test_every_suite_file_says_what_it_is() -> None:
     for path in (Path(rad.evaluation.__file__).parent / "suites").glob("*.yaml"):
         text = path.read_text("utf-8")
         assert text.startswith("# ") and list(yaml.safe_load(text)) == ["tasks"]
+
+
+# --- the hub --------------------------------------------------------------------------------
+
+
+def from_hub(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `read_dataset` gives for GSM8K when no file is there and the hub has `place`."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(DATASETS, "gsm8k", place)
+    return read_dataset("it", "gsm8k", [], tmp_path, Path("nowhere"), False, None)
+
+
+def test_the_hub_gives_the_rows_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"question": f"{n} + 1?", "answer": f"#### {n + 1}"} for n in range(3)]
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    file = repository / "test.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    place = Place("gsm8k/test.jsonl", ("question", "answer"), str(repository))
+    found = from_hub(place, tmp_path, monkeypatch)
+    direct = read_dataset("it", "gsm8k", [str(file)], tmp_path, Path("nowhere"), True, None)
+    assert found.rows == direct.rows == rows
+    assert found.facts["dataset"] == str(repository) and len(found.facts["sha256"]) == 64
+    lacking = Place("gsm8k/test.jsonl", ("question", "steps"), str(repository))
+    with pytest.raises(ValueError, match="lacks the field 'steps'; it has question, answer"):
+        from_hub(lacking, tmp_path, monkeypatch)
+
+
+def test_a_hub_that_does_not_answer_is_missing_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place("gsm8k/test.jsonl", ("question",), str(tmp_path / "no_such_repository"))
+    with pytest.raises(
+        MissingData, match=r"no file gsm8k/test\.jsonl in evaluation\.data"
+    ) as caught:
+        from_hub(place, tmp_path, monkeypatch)
+    assert "\n" not in str(caught.value)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rad.evaluation.data import MissingData, check_data
+from rad.evaluation.data import MissingData, check_data, hub_places
+from rad.models.hub import Kind
 from rad.models.sources import ModelError, describe
 from rad.placement import BudgetError
 from rad.settings import NEEDS
@@ -111,3 +112,24 @@ def _check_files(study: Study) -> None:
     for key, file in wanted:
         if not Path(file).exists():
             raise StudyError(f"{key}: no such file: {file}")
+
+
+def repositories(study: Study) -> list[tuple[str, Kind, str, str | None]]:
+    """(key, kind, source, revision) of every model, and of data sets that come from the hub."""
+    found: list[tuple[str, Kind, str, str | None]] = [
+        (f"models.{name}", "model", settings.source, settings.revision)
+        for name, settings in study.models.items()
+    ]
+    for name, corpus in study.corpora.items():
+        found += [
+            (f"corpora.{name}", "dataset", str(source.dataset), source.revision)
+            for source in corpus.every_source
+            if source.source == "hub"
+        ]
+    asked: set[str] = set()
+    for name, task in study.evaluation.tasks.items():
+        for place in hub_places(study.evaluation, name):
+            if place not in asked and task.missing == "error":
+                asked.add(place)
+                found.append((f"evaluation.tasks.{name}", "dataset", place, task.revision))
+    return found

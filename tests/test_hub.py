@@ -151,3 +151,19 @@ def test_the_licence_of_a_folder(tmp_path: Path) -> None:
     assert hub.licence_of(tmp_path) == "MIT License"
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_name: llama3.2\n---\n")
     assert hub.licence_of(tmp_path) == "llama3.2"
+
+
+def test_a_check_names_every_fault_and_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rad.cli import main
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    study = Path(__file__).parents[1] / "config" / "rad_llama3.2_3b.yaml"
+    assert main(["check", str(study), "--offline"]) == 2
+    said = capsys.readouterr().err
+    for name in ("models.base", "models.llama70b", "corpora.distil"):
+        assert f"{name}: " in said
+    assert "`hf download meta-llama/Llama-3.1-8B-Instruct --revision 0e9e39f" in said
+    assert "hf download JunxiongWang/sftdatasetv3 --repo-type dataset --revision" in said

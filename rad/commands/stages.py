@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,26 +42,34 @@ def check(args: argparse.Namespace) -> None:
     from rad.models.hub import find
     from rad.models.sources import resolve
     from rad.preflight import check as preflight
+    from rad.preflight import repositories
     from rad.study import StudyError
     from rad.workflow import go_offline
 
     study = _study(args.config)
     if study.offline or args.offline:
         go_offline()
-    preflight(study)
     faults = []
-    for name, settings in study.models.items():
+    try:
+        preflight(study)
+    except StudyError as error:
+        faults.append(str(error))
+    for key, kind, source, revision in repositories(study):
         try:
-            found = find(str(resolve(settings.source)), settings.revision)
+            place = str(resolve(source)) if kind == "model" else source
+            found = find(place, revision, kind)
         except ValueError as error:
-            faults.append(f"models.{name}: {error}")
+            faults.append(f"{key}: {error}")
             continue
         licence = found.licence or "not stated"
         commit = found.commit or "no revision known"
         gated = ", gated" if found.gated else ""
-        print(f"{name}: {settings.source} ({found.where}, {commit}), licence: {licence}{gated}")
+        print(f"{key}: {source} ({found.where}, {commit}), licence: {licence}{gated}")
     if faults:
-        raise StudyError("; ".join(faults))
+        # one line each: every fault has a command of its own that mends it
+        for fault in faults[:-1]:
+            print(fault, file=sys.stderr)
+        raise StudyError(faults[-1])
     print(f"{study.folder}: {len(study.run_table)} runs, no fault found")
 
 

@@ -293,3 +293,14 @@ def check_data(settings: EvaluationSettings, root: Path = Path(".")) -> None:
                     f"evaluation.tasks.{name}: no data for {dataset}: put {path} there, or name "
                     "its file in the task's settings"
                 )
+
+
+def hub_places(settings: EvaluationSettings, name: str, root: Path = Path(".")) -> list[str]:
+    """Ids of the hub's data sets that a task will be made from, having no file."""
+    task, found = settings.tasks[name], []
+    for dataset in NEEDS.get(task.kind, ()):
+        place = DATASETS[dataset]
+        stated = getattr(task, _KEYS.get(dataset, "files"), ())
+        if place.hub and not stated and standard_file(dataset, root, Path(settings.data)) is None:
+            found.append(place.hub)
+    return found

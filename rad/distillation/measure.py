@@ -1,24 +1,28 @@
 """Held-out figures along the curve: KL and agreement with base and teacher, cross entropy, probes.
 
 Legend: R rows, B rows of a part, T context, n tokens of a chunk, E hidden size, V vocabulary.
+Everything runs in the weights' own dtype, also where training has autocast: rounding would be of
+the size of the divergences of a good student.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rad.data.corpus import Corpus
-from rad.distillation import losses
+from rad.distillation import losses, parallel
 from rad.distillation.batches import held_out
 from rad.distillation.chunked import chunk_tokens
 from rad.distillation.targets import LogitHead, Targets, head_of, rows_hidden
 from rad.distillation.teachers import LiveTeacher
 
 MOST_TOKENS = 1024  # of a chunk: its logits stay in the cache of a CPU
+FORWARD_TOKENS = 2**15  # of a forward pass: long rows are measured in smaller parts
 Probe = Callable[[Any], dict[str, list[bool]]]  # task -> whether each document is right
 
 
@@ -27,7 +31,9 @@ class HeldOut:
 
     Keeps R*T*E values per model; logits are formed a few tokens at a time. `teacher` is a model or
     a `Teacher` (None or the base itself: none of its own), `vocabulary` the rows of the heads that
-    count.
+    count, `device` where figures are formed (default: the base's). Where several processes share
+    the job, base and teacher are asked when the first figures are wanted: they are in pieces then,
+    and no process ever needs the room for a whole one.
     """
 
     def __init__(
@@ -40,21 +46,46 @@ class HeldOut:
         batch_size: int = 32,
         probe: Probe | None = None,
         vocabulary: int | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
-        self.batch = held_out(corpus, rows).to(base.device)
+        self.batch = held_out(corpus, rows).to(torch.device(device or base.device))
         self.tokens, self.weight = self.batch.tokens, self.batch.weight
-        self.parts = list(self.batch.split(max(1, -(-len(self.tokens) // batch_size))))
+        most = max(1, min(batch_size, FORWARD_TOKENS // self.tokens.shape[1]))
+        self.parts = list(self.batch.split(max(1, -(-len(self.tokens) // most))))
         self.probe, self.vocabulary = probe, vocabulary
-        self.base = self._targets(base)
-        self.teacher = None if teacher is None or teacher is base else self._targets(teacher)
+        self._asked: tuple[Any, Any] | None = (base, None if teacher is base else teacher)
+        self.base: list[Targets] = []
+        self.teacher: list[Targets] | None = None
+        if not parallel.active():
+            self._ask()
+
+    def _ask(self) -> None:
+        """Hidden states of base and teacher, once."""
+        if self._asked is not None:
+            base, teacher = self._asked
+            self.base = self._targets(base)
+            self.teacher = None if teacher is None else self._targets(teacher)
+            self._asked = None
 
     @torch.no_grad()
     def _targets(self, teacher: Any) -> list[Targets]:
+        if parallel.active() and isinstance(teacher, nn.Module):
+            found = parallel.inside(teacher, lambda: self._of_pieces(teacher))
+            parallel.release(teacher)
+            return found
         asked = LiveTeacher(teacher) if isinstance(teacher, nn.Module) else teacher
         return [
             asked.targets(part.tokens, part.rows, split="held_out", boundaries=part.boundaries)
             for part in self.parts
         ]
+
+    def _of_pieces(self, teacher: nn.Module) -> list[Targets]:
+        """Targets of a model in pieces, while its own weights are whole: the head is kept."""
+        head = head_of(teacher).detach()
+        bias = None if head.bias is None else head.bias.clone()
+        head = replace(head, weight=head.weight.clone(), bias=bias)
+        hidden = [rows_hidden(teacher, part.tokens, part.boundaries) for part in self.parts]
+        return [Targets("hidden", hidden=each, head=head) for each in hidden]
 
     @torch.no_grad()
     def __call__(self, student: Any) -> dict[str, Any]:
@@ -62,6 +93,7 @@ class HeldOut:
         `held_out_agreement` (share of tokens with the base's most likely one), `probe` and
         `probe_documents`.
         """
+        self._ask()
         head = head_of(student)
         sums = dict.fromkeys(("kl", "agreement", "teacher_kl", "ce"), 0.0)
         for index, part in enumerate(self.parts):

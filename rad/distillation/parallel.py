@@ -2,6 +2,8 @@
 
     weights, gradients, optimiser   FSDP2: cut along the first dimension, a piece in each process;
                                     a decoder layer is whole in memory only while it is computed
+                                    models are loaded to the CPU and cut group by group, so that
+                                    a GPU never holds a whole one
     rows of a micro-batch           dealt out; losses and gradients are sums over the processes,
                                     divided by the weight of all their tokens
     state, best weights, model      gathered and written by the first process, in the very files of
@@ -174,8 +176,9 @@ def _call(_module: nn.Module, act: Callable[[], Any]) -> Any:
 def sharded(job: Any) -> Iterator[None]:
     """Within the block, student, base and teacher of a `loop.Job` are in pieces.
 
-    Afterwards the first process has a whole student in `job.student`. Raises `ValueError` when the
-    job cannot be shared by so many processes.
+    Before it they may be on the CPU: pieces are on the processes' own devices. Afterwards the first
+    process has a whole student in `job.student`, on the CPU. Raises `ValueError` when the job
+    cannot be shared by so many processes.
     """
     if not active():
         yield
@@ -220,13 +223,11 @@ def _check(job: Any) -> None:
 @torch.no_grad()
 def _shard(model: Any, mesh: DeviceMesh) -> None:
     """Leave a piece of every weight in each process; all start from the first one's weights."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.data, 0)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     several = len({parameter.dtype for parameter in model.parameters()}) > 1
-    for layer in model.base_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (*model.base_model.layers, model):
+        _fetch(module)
+        fully_shard(module, mesh=mesh)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # losses are divided by the weight of all tokens: their gradients are sums
@@ -241,6 +242,19 @@ def _shard(model: Any, mesh: DeviceMesh) -> None:
     release(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[name])
+
+
+def _fetch(module: nn.Module) -> None:
+    """Whole weights and buffers that are not in pieces yet: to this process's device, equal in all.
+
+    Every process has loaded the same files; the first one's values are sent all the same, so that
+    a start that depends on the machine cannot part them.
+    """
+    device = _device()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
+            dist.broadcast(tensor.data, 0)
 
 
 def _hollow(model: nn.Module) -> nn.Module:
@@ -259,7 +273,8 @@ def _filled(hollow: nn.Module, model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         value = full(parameter.detach())
         if first():
-            whole[name] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            # one at a time: the device has no room for a whole student
+            whole[name] = nn.Parameter(value.cpu(), requires_grad=parameter.requires_grad)
     if not first():
         return hollow
     named = dict(hollow.named_parameters(remove_duplicate=False))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rad.data.corpus import Corpus
 from rad.distillation import loop, parallel
 from rad.distillation import state as states
@@ -29,7 +31,6 @@ from rad.study import training_digest
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    import torch
     import transformers
 
     import rad
@@ -58,6 +59,7 @@ def distil(
 ) -> None:
     """Write `model/`, `curve.jsonl`, `training.json` and `placement.json` under `output`.
 
+    With several processes models stay on the CPU until they are cut (`parallel.sharded`).
     `probe` builds a task probe from the tokenizer. `teacher_outputs` is a folder of stored outputs
     of the teacher (whose weights have the digest `teacher_sha256`), which is then not loaded; with
     `teacher_wait` (minutes) they may still be being written.
@@ -81,8 +83,10 @@ def distil(
     data = Corpus(corpus)
     taught = any(stage.loss == "kl" and stage.kl_weight for stage in recipe.stages)
     self_taught = spec["teacher"]["name"] == "self" or not taught
+    # in pieces on the GPUs, when several processes share the job
+    whole = "cpu" if parallel.active() and recipe.stages else device
     for model in (base, student):
-        model.to(device)
+        model.to(whole)
     base.requires_grad_(False)
     check_head(base)
     teacher: Any = base
@@ -98,12 +102,12 @@ def distil(
         )
         vocabulary = teacher.vocabulary
     elif not self_taught:
-        teacher = _load(spec["teacher"]).to(device).requires_grad_(False)
+        teacher = _load(spec["teacher"]).to(whole).requires_grad_(False)
         check_head(teacher)
         vocabulary = _vocabulary(student, teacher, tokenizer, spec)
     kernels = []
     if recipe.stages:
-        kernels = kernel_records(student)
+        kernels = kernel_records(student, device if parallel.active() else None)
         require(kernels)  # a wrong gradient trains without complaint
     held_out = HeldOut(
         data,
@@ -111,6 +115,7 @@ def distil(
         teacher,
         probe=probe(tokenizer) if probe else None,
         vocabulary=vocabulary,
+        device=device,
     )
     job = loop.Job(
         student=student,
@@ -144,7 +149,8 @@ def distil(
         # sorted, as records that went through a state are: a resumed curve is the same file
         lines = [json.dumps(record, sort_keys=True) + "\n" for record in records]
         write_text(output / "curve.jsonl", "".join(lines))
-        write_json(output / "training.json", _training(spec, job, records, kernels))
+        where = torch.device(device) if parallel.active() else student.device
+        write_json(output / "training.json", _training(spec, job, records, kernels, where))
         _save_models(student, tokenizer, recipe, job, output)
     states.discard(state)
 
@@ -170,10 +176,9 @@ def _training(
     job: loop.Job,
     records: list[loop.Record],
     kernels: list[dict[str, Any]],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The content of `training.json`."""
-    import torch
-
     last = records[-1]
     return {
         "schema": 1,
@@ -185,9 +190,9 @@ def _training(
         "model_flops_per_second": last.get("model_flops_per_second"),
         "peak_memory_mib": last.get("peak_memory_mib"),
         "best": job.best or None,
-        "autocast": job.autocast and bfloat16_in_hardware(job.student.device),
+        "autocast": job.autocast and bfloat16_in_hardware(device),
         "resumed": job.resumed,
-        "device": str(job.student.device),
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "spec_sha256": training_digest(spec),
         "kernels": kernels,

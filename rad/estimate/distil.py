@@ -9,7 +9,7 @@ from pathlib import Path
 from rad.estimate import flops
 from rad.estimate.activations import Precision
 from rad.estimate.jobs import Choice, Hardware, Job, halves, place
-from rad.estimate.memory import MEASURE_ROWS, Memory, Step, peak
+from rad.estimate.memory import MEASURE_ROWS, Memory, Step, host, peak
 from rad.estimate.shapes import BYTES, Model, Shape, load_shape
 from rad.placement import Budget, BudgetError
 from rad.settings import NEEDS, StageSettings
@@ -129,9 +129,6 @@ class Distillation:
             job.tokens, job.flops = job.tokens + tokens, job.flops + work
             bf16 = self._bf16(dtype, recipe.autocast)
             job.gpu_hours += self.hardware.hours(work, bf16)
-        measured = self._measured_work(run, student)
-        job.flops += measured
-        job.gpu_hours += self.hardware.hours(measured, self._bf16(dtype, False))
 
         def worst(choice: Choice) -> Memory:
             steps = (
@@ -151,6 +148,13 @@ class Distillation:
         )
         place(job, self.hardware.gpu.memory, start, self._choices(run, start, live), worst)
         job.gpus = start.count
+        # every process measures all rows, without autocast
+        measured = self._measured_work(run, student)
+        job.flops += job.gpus * measured
+        job.gpu_hours += job.gpus * self.hardware.hours(measured, self._bf16(dtype, False))
+        if job.gpus > 1:
+            stages = (self._stage_step(run, s, student, start, frozenset()) for s in recipe.stages)
+            job.host = max(map(host, stages))
         return job
 
     def _choices(self, run: Run, start: Choice, live: bool) -> Iterable[Choice]:
@@ -249,7 +253,10 @@ class Distillation:
         return max(1, min(MEASURE_ROWS, corpus.held_out_tokens // corpus.context))
 
     def _measured_work(self, run: Run, student: Model) -> float:
-        """FLOPs of the curve's points: the student, and the logits of base and teacher."""
+        """FLOPs of the curve's points: the student, and the logits of base and teacher.
+
+        Their hidden states, once, are left out: less than a point of the curve.
+        """
         recipe, time = self.study.recipes[run.recipe], self.study.corpora[self.study.corpus].context
         points = 1 + recipe.log_points * len(recipe.stages) + len(recipe.log_tokens)
         one = flops.forward(student, time)

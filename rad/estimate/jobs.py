@@ -34,12 +34,17 @@ class Hardware:
         """GPU-hours of `work` FLOPs."""
         return work / (self.gpu.rate(bfloat16) * self.mfu) / 3600
 
+    def reading(self, size: float) -> float:
+        """GPU-hours of reading `size` bytes of the GPU's memory, at the same share of its peak."""
+        return size / (self.gpu.bandwidth * self.mfu) / 3600
+
 
 @dataclass
 class Job:
     """One job: tokens that pass a model, FLOPs, memory of its worst moment, disk in bytes.
 
-    `disk` stays, `scratch` is needed while the job runs. `remedy` says what would make it fit.
+    `disk` stays, `scratch` is needed while the job runs, `host` is what the processes of a job on
+    several GPUs load to the machine's own memory. `remedy` says what would make it fit.
     """
 
     stage: str
@@ -51,6 +56,7 @@ class Job:
     memory: Memory | None = None
     disk: float = 0.0
     scratch: float = 0.0
+    host: float = 0.0
     users: list[str] = field(default_factory=list)
     fits: bool = True
     remedy: str = ""
@@ -74,8 +80,11 @@ def place(
     start: Choice,
     choices: Iterable[Choice],
     memory: Callable[[Choice], Memory | Step],
-) -> None:
-    """Fill in the job's memory, whether it fits into `room` bytes, and what would."""
+) -> Choice:
+    """Fill in the job's memory, whether it fits into `room` bytes, and what would: also returned.
+
+    `start` when it fits or nothing helps.
+    """
 
     def of(choice: Choice) -> Memory:
         found = memory(choice)
@@ -84,11 +93,12 @@ def place(
     job.memory = of(start)
     job.fits = job.memory.total <= room
     if job.fits:
-        return
+        return start
     for choice in choices:
         if of(choice).total <= room:
             job.remedy = " and ".join(choice.said)
-            return
+            return choice
+    return start
 
 
 def halves(rows: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Peak memory of one step on one GPU: what is there throughout, and the worst moment of the step.
 
-    load       the models, whole
+    load       the models, whole (one process; several cut them group by group as they come)
     measure    forward on held-out rows, without gradients, and logits of a few tokens
     loss       activations of all layers, logits of a chunk, the head's gradient
     backward   layer by layer from the last: activations go, gradients come
@@ -24,7 +24,8 @@ from rad.estimate.shapes import BYTES, Layer, Model, item_bytes
 
 # elements of a chunk's logits, as `rad.distillation.chunked` has them
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-MEASURE_ROWS, MEASURE_BATCH, MEASURE_TOKENS = 64, 32, 1024  # as `rad.distillation.measure`
+# as `rad.distillation.measure`: rows, rows and tokens of a forward pass, tokens of a chunk
+MEASURE_ROWS, MEASURE_BATCH, MEASURE_FORWARD, MEASURE_TOKENS = 64, 32, 2**15, 1024
 # logits of a chunk held at once in a loss: both models' and both distributions; a stored teacher
 # has none; and what the other divergences add
 DENSE_COPIES, SPARSE_COPIES = 4, 3
@@ -112,7 +113,7 @@ def peak(step: Step) -> Memory:
 
 def moments(step: Step) -> list[Memory]:
     """The candidates for the worst moment."""
-    found = [_load(step)]
+    found = [_load(step)] if step.gpus == 1 else []
     if step.measured and not step.layerwise:
         found.append(_measure(step))
     found += _layerwise(step) if step.layerwise else _step(step)
@@ -153,14 +154,29 @@ def _others(step: Step) -> float:
 
 
 def _held(step: Step) -> float:
-    """Bytes of the held-out hidden states of base and teacher, kept for the whole job."""
+    """Bytes of the held-out hidden states of base and teacher, kept for the whole job.
+
+    With several GPUs their heads too, whole.
+    """
     if not step.measured or step.layerwise:
         return 0.0
-    tokens = step.measured_rows * step.time
-    total = tokens * step.base.shape.hidden * BYTES[step.precision.dtype]
+    models = [(step.base, step.precision.dtype)]
     if step.teacher is not None:
-        total += tokens * step.teacher.shape.hidden * BYTES[step.teacher_dtype]
-    return float(total)
+        models.append((step.teacher, step.teacher_dtype))
+    total = 0.0
+    for model, dtype in models:
+        s = model.shape
+        head = s.vocabulary * (step.gpus > 1)
+        total += (step.measured_rows * step.time + head) * s.hidden * BYTES[dtype]
+    return total
+
+
+def host(step: Step) -> float:
+    """Bytes that all processes of a job together load to the machine's own memory, at most."""
+    models = _bytes(step) + step.base.weight_bytes(step.precision.dtype)
+    if step.teacher is not None:
+        models += step.teacher.weight_bytes(step.teacher_dtype)
+    return step.gpus * models
 
 
 def _static(
@@ -210,7 +226,7 @@ def _layer_bytes(layer: Layer, dtype: str, hybrid: bool) -> float:
 
 
 def _load(step: Step) -> Memory:
-    """Before anything is shared or cut: every process has the models whole."""
+    """One process, before anything is shared: the models whole."""
     teacher = float(step.base.weight_bytes(step.precision.dtype))
     if step.teacher is not None:
         teacher += step.teacher.weight_bytes(step.teacher_dtype)
@@ -220,7 +236,7 @@ def _load(step: Step) -> Memory:
 def _measure(step: Step) -> Memory:
     """A forward pass over held-out rows: the widest part of a layer, then logits of a chunk."""
     s, width = step.student.shape, BYTES[step.precision.dtype]
-    rows = min(MEASURE_BATCH, step.measured_rows)
+    rows = max(1, min(MEASURE_BATCH, step.measured_rows, MEASURE_FORWARD // step.time))
     tokens = rows * step.time
     forward = tokens * (3 * width * s.hidden + 3 * width * s.mlp)
     chunk = min(MEASURE_TOKENS, _chunk(step), tokens)

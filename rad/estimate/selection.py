@@ -22,7 +22,9 @@ AUTO_PAIRS = 50  # pairs when the method tunes them itself
 class Work:
     """Tokens through any model, those trained on among them, FLOPs.
 
-    `students` alive at once; `variants` of a batch in one pass; `full_logits`: of every position.
+    `students` alive at once; `variants` of a batch in one pass; `full_logits`: of every position,
+    `chunked`: only so many at once; `gates` of every layer are learned; `time`: tokens of a row, 0:
+    the corpus's.
     """
 
     tokens: float = 0.0
@@ -31,6 +33,9 @@ class Work:
     students: int = 0
     variants: int = 1
     full_logits: bool = False
+    chunked: bool = False
+    gates: bool = False
+    time: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class Case:
 
     def passes(self, tokens: float, count: float, time: int | None = None) -> Work:
         """`count` whole passes over `tokens` tokens."""
-        return Work(tokens * count, 0.0, self.forward(tokens * count, time))
+        work = self.forward(tokens * count, time)
+        return Work(tokens * count, 0.0, work, time=time or self.time)
 
 
 def _nothing(case: Case) -> Work:
@@ -80,7 +86,7 @@ def _rad(case: Case) -> Work:
 def _kl_guided(case: Case) -> Work:
     s = case.settings
     held = s.held_out_rows * case.time
-    swap = case.passes(held, 3 + (case.layers + 1) / 2)
+    swap = replace(case.passes(held, 3 + (case.layers + 1) / 2), full_logits=True, chunked=True)
     if s.variant == "swap":
         return swap
     if s.variant.endswith("_s1"):
@@ -164,7 +170,8 @@ def _leave_one_out(case: Case) -> Work:
 def _flash_morph(case: Case) -> Work:
     tokens = case.settings.tokens
     # attention and linear branch side by side: two forward passes and gradients of activations
-    return Work(2.0 * tokens, tokens, 4 * case.forward(tokens))
+    time = case.settings.prompt_tokens
+    return Work(2.0 * tokens, tokens, 4 * case.forward(tokens, time), gates=True, time=time)
 
 
 METHODS: dict[str, Callable[[Case], Work]] = {

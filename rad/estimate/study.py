@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rad.estimate import flops, selection
-from rad.estimate.activations import WIDE, Precision
+from rad.estimate.activations import WIDE, Precision, kept
 from rad.estimate.distil import STATES, Distillation
 from rad.estimate.evaluation import scored
 from rad.estimate.jobs import Choice, Hardware, Job, halves, place
@@ -22,7 +22,7 @@ from rad.settings import needs_of
 from rad.study import Run, Study
 
 STAGES = ("corpus", "alignment", "teacher outputs", "selection", "distil", "evaluate")
-SHARED_LOGITS = 200_000_000  # as `rad.selection.candidates`
+SHARED_LOGITS = 200_000_000  # as `rad.selection.candidates`, `rad.selection.swap_score`
 
 
 class Estimate(Distillation):
@@ -33,7 +33,8 @@ class Estimate(Distillation):
         self.jobs: list[Job] = []
         self.jobs += [self._corpus(name) for name in self._corpora()]
         self.jobs += [self._alignment(*key, users) for key, users in self._alignments().items()]
-        self.jobs += [self._teacher(name) for name in study.teacher_outputs]
+        taught = {run.teacher for run in study.run_table.values()}
+        self.jobs += [self._teacher(name) for name in study.teacher_outputs if name in taught]
         self.jobs += self._selections()
         self.jobs += [self._distil(run) for run in study.run_table.values()]
         scores = [(run.id, self.student(run), run.base) for run in study.run_table.values()]
@@ -105,12 +106,14 @@ class Estimate(Distillation):
                 Precision(choice.dtype, settings.autocast),
                 loss="align",
                 unit=stage.unit,
+                accumulated=choice.rows < stage.batch_size,
             )
 
-        start = Choice(False, False, stage.batch_size, self.dtype(base), 1)
+        start = Choice(False, False, stage.batch_size // stage.accumulate, self.dtype(base), 1)
         smaller = [
-            replace(start, rows=rows, said=(f"alignment.batch_size: {rows}",))
-            for rows in halves(stage.batch_size)
+            replace(start, rows=rows, said=(f"alignment.accumulate: {stage.batch_size // rows}",))
+            for rows in halves(start.rows)
+            if not stage.batch_size % rows
         ]
         narrow = self._narrow(start, [base])
         both = [
@@ -137,10 +140,22 @@ class Estimate(Distillation):
             width, count = BYTES[choice.dtype], choice.rows * time
             active = count * width * (3 * model.shape.hidden + 3 * model.shape.mlp)
             logits = 3 * WIDE * min(count, 1024) * model.shape.vocabulary if head else 0.0
-            weights = model.weight_bytes(choice.dtype)
+            # in pieces: whole layers, so that one GPU has up to a layer more than its share
+            weights = model.weight_bytes(choice.dtype) / choice.count
+            if choice.count > 1:
+                weights += model.weight_bytes(choice.dtype) / model.shape.layers
             return Memory(activations=active, logits=logits, teacher=weights, phase="forward")
 
+        mapped = settings.device_map is not None
         start = Choice(False, False, settings.batch_size, self.dtype(name), 1)
+        pieces = [
+            replace(start, count=n, said=(f"teacher_outputs.{name}.device_map: auto on {n} GPUs",))
+            for n in range(2, self.hardware.count + 1)
+        ]
+        if mapped:  # the fewest GPUs that have room for it: only one of them works at a time
+            room = self.hardware.gpu.memory
+            start = next((c for c in [start, *pieces] if memory(c).total <= room), start)
+            start = replace(start, said=())
         smaller = [
             replace(start, rows=rows, said=(f"teacher_outputs.{name}.batch_size: {rows}",))
             for rows in halves(settings.batch_size)
@@ -149,8 +164,11 @@ class Estimate(Distillation):
         both = [
             replace(c, dtype="bfloat16", said=(*c.said, *narrow[0].said)) for c in smaller if narrow
         ]
-        place(job, self.hardware.gpu.memory, start, [*smaller, *narrow, *both], memory)
-        job.gpu_hours = self.hardware.hours(work, self._bf16(self.dtype(name), False))
+        place(job, self.hardware.gpu.memory, start, [*smaller, *narrow, *both, *pieces], memory)
+        job.gpus = start.count
+        job.gpu_hours = job.gpus * self.hardware.hours(work, self._bf16(self.dtype(name), False))
+        if job.gpus > 1:
+            job.name += f" ({settings.parts} parts of {job.gpus} GPUs)"
         return job
 
     def _stored_bytes(self, name: str) -> float:
@@ -193,32 +211,93 @@ class Estimate(Distillation):
         base, time = self.base(run.base), self.study.corpora[self.study.calibration].context
         mixer = self._selector_mixer(selector) if "mixer" in needs_of(settings) else None
         linear = None if mixer is None else self.linear(run.base, mixer)
-        kept = sum(map(bool, self._kept(run.base, selector, run.budget)))
-        work = method(selection.Case(settings, base, linear, time, kept))
+        count = sum(map(bool, self._kept(run.base, selector, run.budget)))
+        work = method(selection.Case(settings, base, linear, time, count))
         job.tokens, job.flops = work.tokens, work.flops
-        job.gpu_hours = self.hardware.hours(work.flops, self._bf16(self.dtype(run.base), False))
+        autocast = bool(getattr(settings, "autocast", False))
+        job.gpu_hours = self.hardware.hours(work.flops, self._bf16(self.dtype(run.base), autocast))
         if not work.flops:
             job.gpus = 0
             return job
 
         def memory(choice: Choice) -> Memory:
-            return self._selection_memory(work, base, linear or base, choice, time, settings)
+            if work.students:
+                return self._candidates(work, base, linear or base, choice, time, settings)
+            return self._ranking(work, base, linear or base, choice, work.time or time)
 
-        rows = int(getattr(settings, "batch_size", getattr(settings, "prompts", 1)))
-        start = Choice(False, False, rows, self.dtype(run.base), 1)
-        options = [
-            replace(start, rows=r, said=(f"selectors.{selector}.batch_size: {r}",))
-            for r in halves(rows)
-        ]
+        start = Choice(
+            bool(getattr(settings, "activation_checkpointing", False)),
+            not getattr(settings, "side_by_side", True),  # here: one candidate at a time
+            self._rows(settings),
+            self.dtype(run.base),
+            1,
+        )
+        options = self._selection_choices(start, selector, settings, bool(work.students))
         options += self._narrow(start, [run.base])
         place(job, self.hardware.gpu.memory, start, options, memory)
         if not job.fits and not job.remedy and settings.method == "kl_guided":
-            work = selection.Work(full_logits=True)  # of `swap`, which trains nothing
-            if memory(start).total <= self.hardware.gpu.memory:
-                job.remedy = f"selectors.{selector}.variant: swap (no training)"
+            swap = selection.Work(full_logits=True, chunked=True)
+            for rows in (1, *reversed(halves(start.rows)), start.rows)[::-1]:
+                least = replace(start, rows=rows)
+                if self._ranking(swap, base, linear or base, least, time).total <= (
+                    self.hardware.gpu.memory
+                ):
+                    job.remedy = f"selectors.{selector}: variant: swap, batch_size: {rows}"
+                    break
         return job
 
-    def _selection_memory(
+    @staticmethod
+    def _rows(settings: Any) -> int:
+        """Rows that a selection job computes with at once."""
+        rows = int(getattr(settings, "batch_size", getattr(settings, "prompts", 1)))
+        return rows // int(getattr(settings, "accumulate", 1))
+
+    @staticmethod
+    def _selection_choices(
+        start: Choice, selector: str, settings: Any, trains: bool
+    ) -> list[Choice]:
+        """Fewer rows; of trained candidates one at a time, then checkpointing, on top of it."""
+        name = f"selectors.{selector}"
+        if not trains or settings.method != "kl_guided":
+            return [
+                replace(start, rows=r, said=(f"{name}.batch_size: {r}",))
+                for r in halves(start.rows)
+            ]
+        found: list[Choice] = []
+        so_far = start
+        if not start.stored:
+            said: tuple[str, ...] = (f"{name}.side_by_side: false",)
+            so_far = replace(so_far, stored=True, said=said)
+            found.append(so_far)
+        if not start.checkpointing:
+            said = (*so_far.said, f"{name}.activation_checkpointing: true")
+            so_far = replace(so_far, checkpointing=True, said=said)
+            found.append(so_far)
+        for rows in halves(start.rows):
+            if not settings.batch_size % rows:
+                said = (*so_far.said, f"{name}.accumulate: {settings.batch_size // rows}")
+                found.append(replace(so_far, rows=rows, said=said))
+        return found
+
+    def _ranking(
+        self, work: selection.Work, base: Model, student: Model, choice: Choice, time: int
+    ) -> Memory:
+        """Layers or heads changed in turn: inputs of all layers are kept."""
+        width, s, tokens = BYTES[choice.dtype], base.shape, choice.rows * time
+        weights = float(base.weight_bytes(choice.dtype))
+        other = 0.0 if student is base else float(student.weight_bytes(choice.dtype))
+        layer = 3 * s.hidden + 3 * s.mlp
+        models = 1 if student is base else 2
+        active = float(tokens * width * (layer * work.variants + models * s.layers * s.hidden))
+        if work.gates:  # gradients run through both branches of every layer
+            active += tokens * _both_branches(base, student, Precision(choice.dtype), time)
+        at_once = tokens * s.vocabulary
+        if work.chunked:
+            at_once = min(at_once, SHARED_LOGITS)
+        logits = 2.0 * WIDE * at_once * work.full_logits
+        return Memory(other, 0.0, 0.0, active, logits, weights, "forward")
+
+    def _candidates(
         self,
         work: selection.Work,
         base: Model,
@@ -227,30 +306,45 @@ class Estimate(Distillation):
         time: int,
         settings: Any,
     ) -> Memory:
+        """Students in training, and what is kept of the base for all of them."""
         width, s, tokens = BYTES[choice.dtype], base.shape, choice.rows * time
-        weights = float(base.weight_bytes(choice.dtype))
-        active = tokens * width * (3 * s.hidden + 3 * s.mlp + s.layers * s.hidden)
-        if not work.students:
-            other = 0.0 if student is base else float(student.weight_bytes(choice.dtype))
-            logits = 2.0 * WIDE * tokens * s.vocabulary * work.full_logits
-            copies = (work.variants - 1) * tokens * width * (3 * s.hidden + 3 * s.mlp)
-            return Memory(other, 0.0, 0.0, active + copies, logits, weights, "forward")
-        steps = max(1, getattr(settings, "tokens", 0) // tokens)
-        cached = max(1, SHARED_LOGITS // (tokens * s.vocabulary))
-        alone = steps <= cached and not getattr(settings, "early_stop", False)
-        alive = 1 if alone or not work.full_logits else work.students
-        mine = float(student.weight_bytes(choice.dtype))
+        accumulate = max(1, settings.batch_size // choice.rows)
+        per_step = settings.batch_size * time
+        autocast = bool(getattr(settings, "autocast", False))
+        plain = accumulate == 1 and not autocast and per_step * s.vocabulary <= SHARED_LOGITS
+        each = s.vocabulary if plain else s.hidden
+        steps = max(1, getattr(settings, "tokens", 0) // per_step)
+        cached = max(1, SHARED_LOGITS // (per_step * each))
+        alone = choice.stored or steps <= cached
+        alive = 1 if alone and not getattr(settings, "early_stop", False) else work.students
         step = Step(
             student,
             base,
             frozenset(student.parameters),
             choice.rows,
             time,
-            Precision(choice.dtype),
+            Precision(choice.dtype, autocast),
+            accumulated=accumulate > 1,
+            checkpointing=choice.checkpointing,
             measured=False,
         )
         worst = peak(step)
-        logits = tokens * s.vocabulary * (min(steps, cached) * width + 6 * WIDE + width)
-        return Memory(
-            alive * mine, mine, alive * 2 * mine, worst.activations, logits, weights, "loss"
+        cache = float(min(steps, cached) * per_step * each * width)
+        if plain:  # logits whole: both models', their distributions and the gradient
+            cache += tokens * s.vocabulary * (6 * WIDE + width)
+        mine = float(student.weight_bytes(choice.dtype))
+        return replace(
+            worst,
+            weights=worst.weights + (alive - 1) * mine,
+            optimiser=worst.optimiser + (alive - 1) * 2 * mine,
+            logits=worst.logits + cache,
         )
+
+
+def _both_branches(base: Model, linear: Model, precision: Precision, time: int) -> float:
+    """Bytes per token kept of frozen layers with attention and mixer side by side."""
+    total = 0.0
+    for softmax, mixed in zip(base.layers, linear.layers, strict=True):
+        total += kept(softmax, precision, time, lambda name: False, True)[0].total
+        total += kept(mixed, precision, time, lambda name: False, True)[0].mixing
+    return total

@@ -40,6 +40,12 @@ def text(estimate: Estimate) -> str:
         f"GPU-hours, {_short(cost)} USD, {_gib(total.disk)} GiB of results, {_gib(state)} GiB for "
         "the largest state",
     ]
+    host = max((job.host for job in estimate.jobs), default=0.0)
+    if host:
+        lines.append(
+            f"a job on {hardware.count} GPUs loads at most {_gib(host)} GiB to the machine's own "
+            "memory"
+        )
     return "\n".join([*lines, *refusals(estimate)])
 
 

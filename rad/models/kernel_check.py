@@ -8,8 +8,8 @@ from rad.kernels.selftest import self_test
 from rad.models.hybrid import HybridAttention
 
 
-def kernel_records(model: Any) -> list[dict[str, Any]]:
-    """One record per different kernel and size among the mixers of `model`, on its device.
+def kernel_records(model: Any, device: Any = None) -> list[dict[str, Any]]:
+    """One record per different kernel and size among the mixers of `model`, on `device` or its own.
 
     A layer that keeps some heads runs the same kernel with fewer heads: it is not tested again.
     """
@@ -19,4 +19,5 @@ def kernel_records(model: Any) -> list[dict[str, Any]]:
         if case is not None:
             sizes = tuple(case[key] for key in ("op", "channels", "state_size", "chunk", "kernel"))
             cases.setdefault(sizes, case)
-    return [self_test(**case, device=model.device, dtype=model.dtype) for case in cases.values()]
+    where = device or model.device
+    return [self_test(**case, device=where, dtype=model.dtype) for case in cases.values()]

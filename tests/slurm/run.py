@@ -174,9 +174,11 @@ def check_blows(folder: Path, watch: Disturbance) -> None:
         resumed = [int(step) for step in re.findall(r"resumed at (\d+)", log)]
         name = f"rule_distil_wildcards_{run}"
         last = [each for each, (_, comment) in watch.jobs.items() if comment == name][-1]
-        say(f"{blow}: job {job}: {watch.ends[job]}; then job {last}, resumed at {resumed}")
+        said = ", state saved on the warning" if "state saved" in log else ""
+        say(f"{blow}: job {job}: {watch.ends[job]}{said}; then job {last}, resumed at {resumed}")
         assert f"JobState={ends[blow]}" in watch.ends[job]
-        assert blow == "kill -9" or "state saved" in log, log
+        # scancel takes the log of the attempt with it; that the state is there shows in the next one
+        assert blow != "time limit" or said, log
         assert resumed and min(resumed) > 0, f"{run} started over:\n{log}"
         training = json.loads((folder / RESULTS / "runs" / run / "training.json").read_text())
         assert training["resumed"] > 0

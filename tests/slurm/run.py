@@ -177,7 +177,7 @@ def check_blows(folder: Path, watch: Disturbance) -> None:
         said = ", state saved on the warning" if "state saved" in log else ""
         say(f"{blow}: job {job}: {watch.ends[job]}{said}; then job {last}, resumed at {resumed}")
         assert f"JobState={ends[blow]}" in watch.ends[job]
-        # scancel takes the log of the attempt with it; that the state is there shows in the next one
+        # scancel takes the attempt's log with it; that the state is there shows in the next one
         assert blow != "time limit" or said, log
         assert resumed and min(resumed) > 0, f"{run} started over:\n{log}"
         training = json.loads((folder / RESULTS / "runs" / run / "training.json").read_text())

@@ -67,9 +67,10 @@ def check(args: argparse.Namespace) -> None:
         print(f"{key}: {source} ({found.where}, {commit}), licence: {licence}{gated}")
     if faults:
         # one line each: every fault has a command of its own that mends it
-        for fault in faults[:-1]:
+        *others, last = dict.fromkeys(faults)
+        for fault in others:
             print(fault, file=sys.stderr)
-        raise StudyError(faults[-1])
+        raise StudyError(last)
     print(f"{study.folder}: {len(study.run_table)} runs, no fault found")
 
 

@@ -20,6 +20,7 @@ from rad.papers.evidence import (
     Cell,
     Evidence,
     Findings,
+    Side,
     cache_bytes,
     contexts,
     kept_share,
@@ -33,7 +34,6 @@ EFFECTS: dict[str, tuple[str, ...]] = {"difference": TWO, "ratio": TWO, "interac
 CellField = Literal[
     "base", "selector", "budget", "mixer", "initialisation", "recipe", "teacher", "seed"
 ]
-Side = Cell | Evidence  # a student of some seeds, or an untouched model
 
 
 class ArmSpec(Facts):
@@ -177,10 +177,7 @@ class Comparison:
     @property
     def members(self) -> list[Evidence]:
         """Every model of every arm."""
-        found = []
-        for side in self.arms.values():
-            found += list(side.members) if isinstance(side, Cell) else [side]
-        return found
+        return [member for side in self.arms.values() for member in side.members]
 
 
 def matches(findings: Findings, spec: ArmSpec, cell: Cell) -> bool:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rad.papers.claims import Side
 from rad.papers.contrast import Arm, ratio
-from rad.papers.evidence import Cell, Evidence, Findings, cache_bytes, member_cache, scores_of
+from rad.papers.evidence import Cell, Evidence, Findings, Side, cache_bytes, scores_of
 from rad.papers.ledger import describe
 from rad.papers.matching import NoMatch, Quantity, find, methods_of, quantity_of
 from rad.papers.published import Number, numbers
@@ -108,22 +107,17 @@ def _row(
 
 def _cost(side: Side, costs: Mapping[str, Cost]) -> Cost | None:
     """Of all seeds of a cell; None where one of them is unknown."""
-    members = side.members if isinstance(side, Cell) else (side,)
-    found = [costs[member.id] for member in members if member.id in costs]
-    if not found or len(found) < len(members):
+    found = [costs[member.id] for member in side.members if member.id in costs]
+    if not found or len(found) < len(side.members):
         return None
     return Cost(sum(cost.gpu_hours for cost in found), sum(cost.price for cost in found))
 
 
 def _measure(findings: Findings, number: Number, quantity: Quantity, side: Side) -> Estimate:
     scale = SCALE[number.unit]
-    members = side.members if isinstance(side, Cell) else (side,)
+    members = side.members
     if quantity.bytes is not None:
-        found = (
-            cache_bytes(side, quantity.bytes)
-            if isinstance(side, Cell)
-            else member_cache(side, quantity.bytes)
-        )
+        found = cache_bytes(side, quantity.bytes)
         if found is None:
             raise NoMatch(f"the cache was not measured at {quantity.bytes} tokens")
         return _exact(found * scale, len(members))

@@ -8,9 +8,10 @@ shares the documents and adds no variance of seeds.
 
     interval = value +- t(df) x standard error
 
-No interval may be narrower than what one document more or less would change: where all documents
-agree, that is all one knows. A ratio a / b is linearised around its value (delta method) and has no
-interval where b is not clearly away from zero (Fieller's condition).
+No interval may be narrower than what one document more or less would change. Where fewer than four
+documents differ from the others their variance says nothing: no interval is narrower than Wilson's
+for a difference that no document has shown. A ratio a / b is linearised around its value (delta
+method) and has no interval where b is not clearly away from zero (Fieller's condition).
 
 References: Searle, Casella and McCulloch, Variance Components (1992); Satterthwaite (1946);
 Fieller, JRSS B 16 (1954).
@@ -27,8 +28,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats
 
-from rad.reporting.seeds import Run, contributions, spread
-from rad.reporting.statistics import LEVEL, Array
+from rad.reporting.seeds import Run, Spread, contributions, spread
+from rad.reporting.statistics import LEVEL, Array, wilson
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,18 @@ class _Sum:
     basis: str
 
 
-def _floor(arms: Sequence[tuple[float, Arm]], size: int) -> float:
-    """Variance if one document of all had the other score."""
-    return (max(abs(weight) for weight, _ in arms) / size) ** 2
+def _floor(weights: Sequence[float], parts: Sequence[Array]) -> float:
+    """Least variance: one document of another score; of few that differ, Wilson's of nothing seen.
+
+    `parts`: what documents add, by task. Tasks count alike, so that the smallest decides what could
+    be hidden. From z^2 documents (3.8) on, the interval of their variance is as wide as Wilson's.
+    """
+    size = len(parts) * min(map(len, parts))
+    least, z = 1 / size, float(stats.norm.ppf(0.5 + LEVEL / 2))
+    differing = sum(int((np.abs(part - np.median(part)) > 1e-12).sum()) for part in parts)
+    if differing < z**2:
+        least = max(least, wilson(0, size)[1] / z)
+    return (max(map(abs, weights)) * least) ** 2
 
 
 def _ordered(arm: Arm, seeds: Sequence[int] | None, matched: bool) -> list[Run]:
@@ -129,12 +139,12 @@ def _averaged(own: Sequence[Contribution]) -> list[Contribution]:
     return [(float(np.mean([value for value, _ in own])), parts)]
 
 
-def _sum(arms: Sequence[tuple[float, Arm]], shares: Sequence[float] | None) -> _Sum:
+def _sum(arms: Sequence[tuple[float, Arm]]) -> _Sum:
     trained = [arm for _, arm in arms if arm.seeds is not None]
     first = trained[0].seeds if trained else None
     matched = all(sorted(arm.seeds or ()) == sorted(first or ()) for arm in trained)
     found = [
-        (weight, [contributions(run, None, shares) for run in _ordered(arm, first, matched)])
+        (weight, [contributions(run) for run in _ordered(arm, first, matched)])
         for weight, arm in arms
     ]
     value, mean = _combined([(weight, _averaged(own)) for weight, own in found], 0)
@@ -147,39 +157,43 @@ def _sum(arms: Sequence[tuple[float, Arm]], shares: Sequence[float] | None) -> _
     else:
         documents = spread([0.0], [mean]).documents
         variance, df = documents, float(max(1, size - 1))
-        for (weight, runs), (_, arm) in zip(found, arms, strict=True):
-            if arm.seeds is None or len(runs) < 2:
-                continue
-            part = spread([value for value, _ in runs], [parts for _, parts in runs])
-            extra = weight**2 * max(0.0, part.seeds - part.interaction)
-            variance += extra
-            if extra > documents:
-                df = min(df, float(part.count - 1))
+        each_arm = [
+            (weight**2, spread([value for value, _ in runs], [parts for _, parts in runs]))
+            for (weight, runs), (_, arm) in zip(found, arms, strict=True)
+            if arm.seeds is not None and len(runs) > 1
+        ]
+        if each_arm:
+            seeds = sum(square * part.seeds for square, part in each_arm)
+            interaction = sum(square * part.interaction for square, part in each_arm)
+            count = min(part.count for _, part in each_arm)
+            own = Spread(seeds, documents, interaction, count, size)
+            variance, df = own.variance, own.df
     basis = "seeds and documents" if fewest > 1 else "documents"
     if trained and fewest == 1:
         basis = "documents, one seed"
-    return _Sum(value, max(variance, _floor(arms, size)), df, size, fewest, basis)
+    floor = _floor([weight for weight, _ in arms], mean)
+    return _Sum(value, max(variance, floor), df, size, fewest, basis)
 
 
-def linear(arms: Sequence[tuple[float, Arm]], shares: Sequence[float] | None = None) -> Effect:
-    """Weighted sum of the arms' means; `shares` weigh the tasks. Raises `ValueError` on no arms."""
+def linear(arms: Sequence[tuple[float, Arm]]) -> Effect:
+    """Weighted sum of the arms' means. Raises `ValueError` on no arms."""
     if not arms:
         raise ValueError("a contrast needs arms")
-    found = _sum(arms, shares)
+    found = _sum(arms)
     return Effect(
         found.value, math.sqrt(found.variance), found.df, found.documents, found.seeds, found.basis
     )
 
 
-def ratio(top: Arm, bottom: Arm, shares: Sequence[float] | None = None) -> Effect:
+def ratio(top: Arm, bottom: Arm) -> Effect:
     """`top` over `bottom`; without an interval where `bottom` may be zero."""
-    below = _sum([(1.0, bottom)], shares)
-    above = _sum([(1.0, top)], shares)
+    below = _sum([(1.0, bottom)])
+    above = _sum([(1.0, top)])
     if below.value <= 0:
         nothing = math.nan if above.value == 0 else math.inf
         return Effect(nothing, math.inf, 1.0, above.documents, above.seeds, above.basis)
     value = above.value / below.value
-    found = _sum([(1.0, top), (-value, bottom)], shares)
+    found = _sum([(1.0, top), (-value, bottom)])
     error = math.sqrt(found.variance) / below.value
     quantile = float(stats.t.ppf(0.5 + LEVEL / 2, found.df))
     if quantile * math.sqrt(below.variance) >= below.value:
@@ -202,7 +216,8 @@ def seed_ratio(values: Sequence[float], margin: float) -> Effect:
 
     Finite ones have a t interval of their logarithms. Otherwise the value is the median and the
     interval goes from the smallest to the largest, which covers the median of all seeds with
-    1 - 2 / 2^S; the p-value is that of the sign test against `margin`.
+    1 - 2 / 2^S: with fewer than six seeds that is no 95 % interval, and there is none. The p-value
+    is that of the sign test against `margin`.
     """
     count = len(values)
     if count < 2:
@@ -223,6 +238,8 @@ def seed_ratio(values: Sequence[float], margin: float) -> Effect:
     middle = ordered[count // 2] if count % 2 else ordered[count // 2 - 1]
     above = sum(value > margin for value in values)
     p = float(stats.binom.sf(above - 1, count, 0.5))
+    if 1 - 2 / 2**count < LEVEL:
+        return Effect(middle, math.inf, 1.0, 0, count, "too few seeds", (0.0, math.inf), p)
     return Effect(middle, 0.0, math.inf, 0, count, "seeds (range)", (ordered[0], ordered[-1]), p)
 
 
@@ -232,5 +249,8 @@ def exact(value: float, basis: str) -> Effect:
 
 
 def same_model(effect: Effect) -> Effect:
-    """The effect of a model against itself: exactly what it is."""
-    return replace(effect, error=0.0, ends=(effect.value, effect.value), identical=True)
+    """The difference of a model to itself: exactly nothing.
+
+    What was measured between two trainings of it is the noise of the machine.
+    """
+    return replace(effect, value=0.0, error=0.0, ends=(0.0, 0.0), identical=True)

@@ -14,11 +14,19 @@ from pathlib import Path
 import numpy as np
 
 from rad.placement import Placement
-from rad.reporting.collect import CurvePoint, Efficiency, read_curve, read_efficiency
-from rad.reporting.records import json_object, value_of
-from rad.reporting.samples import Samples, Task, missing_tasks, read_samples
+from rad.reporting.collect import (
+    CurvePoint,
+    Efficiency,
+    check_spec,
+    read_curve,
+    read_efficiency,
+    read_scored,
+)
+from rad.reporting.plan import by_cell
+from rad.reporting.records import json_object
+from rad.reporting.samples import Samples, Task
 from rad.reporting.seeds import Run as Scores
-from rad.study import Run, Study, training_digest
+from rad.study import Run, Study
 
 SELF = "self"
 
@@ -33,6 +41,11 @@ class Evidence:
     curve: tuple[CurvePoint, ...]
     efficiency: Efficiency | None
     placement: Placement | None
+
+    @property
+    def members(self) -> tuple[Evidence, ...]:
+        """Itself: asked for models, it is like a `Cell` of one."""
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,14 @@ class Cell:
         return tuple(member.seed for member in self.members if member.seed is not None)
 
 
+Side = Cell | Evidence  # students that differ by seed, or an untouched model
+
+
 @dataclass(frozen=True)
 class Findings:
     """All cells and reference models of a study."""
 
     study: Study
-    root: Path
     cells: tuple[Cell, ...]
     references: Mapping[str, Evidence]
     shapes: Mapping[str, Mapping[str, object]]  # model name -> source.json
@@ -65,17 +80,13 @@ def gather(study: Study, root: Path) -> Findings:
 
     Raises `ValueError` for a file that is there but broken, or of another configuration.
     """
-    gathered: dict[tuple[str, ...], list[Run]] = {}
-    for run in study.run_table.values():
-        key = (run.base, run.selector, run.budget.slug, run.mixer, run.initialisation)
-        gathered.setdefault((*key, run.recipe, run.teacher), []).append(run)
     cells = [
         Cell(
             runs[0],
             tuple(dict.fromkeys(view for run in runs for view in run.views)),
             tuple(_run(study, root / "runs" / run.id, run) for run in runs),
         )
-        for runs in gathered.values()
+        for runs in by_cell(study.run_table.values())
     ]
     models = {name: root / "models" / name / "source.json" for name in study.models}
     references = {name: _files(root / "runs" / f"model-{name}", None) for name in study.references}
@@ -84,7 +95,6 @@ def gather(study: Study, root: Path) -> Findings:
     )
     return Findings(
         study,
-        root,
         tuple(cells),
         references,
         {name: json_object(path) for name, path in models.items() if path.is_file()},
@@ -106,10 +116,8 @@ def _same_documents(members: Sequence[Evidence], root: Path) -> None:
 def _run(study: Study, folder: Path, run: Run) -> Evidence:
     spec = folder / "spec.json"
     # the spec is written before training: without it there is nothing else
-    if spec.is_file() and training_digest(json_object(spec)) != study.spec_digest(run.id):
-        raise ValueError(
-            f"{spec}: this run was made from another configuration; run the workflow again"
-        )
+    if spec.is_file():
+        check_spec(study, spec, run)
     return _files(folder, run.seed)
 
 
@@ -117,12 +125,7 @@ def _files(folder: Path, seed: int | None) -> Evidence:
     evaluation, curve = folder / "evaluation.json", folder / "curve.jsonl"
     samples = None
     if evaluation.is_file():
-        content = json_object(evaluation)
-        described = value_of(content, "rad", evaluation)
-        missing = missing_tasks(content, evaluation)
-        samples = read_samples(
-            folder / "samples.jsonl", described.get("tasks", {}), may_be_empty=bool(missing)
-        )
+        samples = read_scored(folder).samples
     # a curve grows while the run trains; training.json says that it is whole
     trained = (folder / "training.json").is_file() and curve.is_file()
     efficiency, placement = folder / "efficiency.json", folder / "placement.json"
@@ -184,13 +187,9 @@ def teacher_size(findings: Findings, cell: Cell) -> float | None:
     return None
 
 
-def cache_bytes(cell: Cell, context: int) -> float | None:
+def cache_bytes(side: Side, context: int) -> float | None:
     """Measured cache bytes of one sequence at a context, the same for every seed."""
-    return member_cache(cell.members[0], context)
-
-
-def member_cache(member: Evidence, context: int) -> float | None:
-    """Measured cache bytes of one sequence of a model."""
+    member = side.members[0]
     if member.efficiency is None:
         return None
     for point in member.efficiency.points:

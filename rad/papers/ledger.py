@@ -8,7 +8,8 @@ The rules, for an effect counted in the claimed direction, its 95 % interval and
     not run         the study lacks an arm, a task, or the results of one
 
 A claim that a study tests in several places (budgets, teachers) needs all of them and is as good as
-its worst; a claim that something exists (a few heads) needs one and is as good as its best.
+its worst, and no better than inconclusive while one is not run; a claim that something exists (a
+few heads) needs one and is as good as its best.
 Intervals are not adjusted for the number of claims; Holm's adjustment of the one-sided p-values is
 given beside them, and a supported claim that does not survive it says so.
 """
@@ -19,7 +20,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rad.papers.claims import Claim, Comparison, Side, Test, absent, claims, comparisons
+from rad.papers.claims import Claim, Comparison, Test, absent, claims, comparisons
 from rad.papers.contrast import (
     Arm,
     Effect,
@@ -35,8 +36,9 @@ from rad.papers.evidence import (
     Cell,
     Evidence,
     Findings,
+    Side,
+    cache_bytes,
     contexts,
-    member_cache,
     same_students,
     scores_of,
     tasks_of,
@@ -84,22 +86,9 @@ class Entry:
     p_adjusted: float | None = None
 
     @property
-    def decisive(self) -> Finding:
-        """The comparison that decides: of those with the claim's verdict, the weakest."""
-        same = [found for found in self.findings if found.verdict == self.verdict]
-        known = [found for found in same if found.effect is not None]
-        if not known:
-            return (same or list(self.findings))[0]
-        return min(known, key=lambda found: _low(found.effect))
-
-    @property
     def survives(self) -> bool:
         """Whether a supported claim stays so after Holm's adjustment."""
         return self.p_adjusted is None or self.p_adjusted < ALPHA
-
-
-def _low(effect: Effect | None) -> float:
-    return math.inf if effect is None or math.isnan(effect.low) else effect.low
 
 
 def verdict(effect: Effect, margin: float) -> str:
@@ -112,25 +101,24 @@ def verdict(effect: Effect, margin: float) -> str:
 
 
 def overall(verdicts: Sequence[str], needs: str = "all") -> str:
-    """The verdict over several comparisons; those not run do not count unless all are."""
-    counted = [each for each in verdicts if each != NOT_RUN]
+    """The verdict over several comparisons; where all are needed, one not run leaves it open."""
+    if all(each == NOT_RUN for each in verdicts):
+        return NOT_RUN
     order = (NOT_SUPPORTED, INCONCLUSIVE, SUPPORTED)
-    for first in order if needs == "all" else reversed(order):
-        if first in counted:
-            return first
-    return NOT_RUN
+    found = next(
+        each for each in (order if needs == "all" else reversed(order)) if each in verdicts
+    )
+    open_still = needs == "all" and NOT_RUN in verdicts and found == SUPPORTED
+    return INCONCLUSIVE if open_still else found
 
 
 # --- effects of each kind -------------------------------------------------------------------
 
 
 def _arm(side: Side, family: str) -> Arm:
-    first = side.members[0] if isinstance(side, Cell) else side
-    tasks = tasks_of(first, family)
-    if isinstance(side, Cell):
-        runs = tuple(scores_of(member, tasks) for member in side.members)
-        return Arm(runs, side.seeds)
-    return Arm((scores_of(side, tasks),), None)
+    tasks = tasks_of(side.members[0], family)
+    runs = tuple(scores_of(member, tasks) for member in side.members)
+    return Arm(runs, side.seeds if isinstance(side, Cell) else None)
 
 
 def _score(test: Test, comparison: Comparison) -> Effect:
@@ -162,8 +150,7 @@ def _final_kl(member: Evidence) -> float:
 
 
 def _by_seed(side: Side) -> dict[int | None, Evidence]:
-    members = side.members if isinstance(side, Cell) else (side,)
-    return {member.seed: member for member in members}
+    return {member.seed: member for member in side.members}
 
 
 def _held_out_kl(test: Test, comparison: Comparison) -> Effect:
@@ -208,15 +195,14 @@ def _tokens(test: Test, comparison: Comparison) -> Effect:
 
 def _cache(test: Test, comparison: Comparison) -> Effect:
     """Measured bytes of `second` over those of `first`, at the longest common context."""
-    members = [_by_seed(comparison.arms[name]) for name in ("first", "second")]
-    one = [next(iter(own.values())) for own in members]
+    one = [comparison.arms[name].members[0] for name in ("first", "second")]
     for member in one:
         if member.efficiency is None:
             raise Missing(f"{member.id} was not measured")
     shared = contexts(one)
     if not shared:
         raise Missing("the caches were not measured at a common context")
-    small, large = (member_cache(member, shared[-1]) for member in one)
+    small, large = (cache_bytes(member, shared[-1]) for member in one)
     assert small and large
     return exact(large / small, f"measured bytes at {shared[-1]:,} tokens")
 
@@ -279,8 +265,10 @@ def _test(claim: Claim, comparison: Comparison) -> Finding:
     notes = []
     cells = comparison.cells
     if test.effect == "difference" and len(cells) == 2 and same_students(*cells):
-        effect = same_model(effect)
         notes.append("both kept the same attention, so they are the same students")
+        if effect.value:
+            notes.append(f"measured between them: {effect.value:.3g}")
+        effect = same_model(effect)
     elif effect.seeds == 1:
         notes.append("one seed")
     if math.isnan(effect.value):
@@ -289,7 +277,9 @@ def _test(claim: Claim, comparison: Comparison) -> Finding:
 
 
 def _p(effect: Effect, test: Test) -> float | None:
-    return None if effect.identical else effect.p(test.margin)
+    if effect.identical:
+        return None if effect.value > test.margin else 1.0
+    return effect.p(test.margin)
 
 
 def judge(claim: Claim, findings: Findings) -> Entry:

@@ -13,9 +13,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from rad.papers.claims import Side
 from rad.papers.data import Facts, has_settings, parse, shipped
-from rad.papers.evidence import SELF, Cell, Findings
+from rad.papers.evidence import SELF, Cell, Findings, Side
 from rad.papers.published import Number
 from rad.study import Study
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rad.placement import Placement
 from rad.reporting.records import json_object, number, optional, records, value_of
@@ -38,7 +38,6 @@ class EfficiencyPoint:
 
     context: int
     cache_bytes: float
-    prefill_seconds: float | None
     decode_tokens_per_second: float | None
 
 
@@ -51,6 +50,7 @@ class Efficiency:
     state_bytes: float
     flops_per_token: float | None
     points: tuple[EfficiencyPoint, ...]
+    record: Mapping[str, Any] = field(default_factory=dict)  # the file, with all that was probed
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,6 @@ def read_efficiency(path: Path) -> Efficiency:
         EfficiencyPoint(
             context=int(number(point, "context", path)),
             cache_bytes=number(point, "cache_bytes", path),
-            prefill_seconds=optional(point, "prefill_seconds", path),
             decode_tokens_per_second=optional(point, "decode_tokens_per_second", path),
         )
         for point in value_of(content, "points", path)
@@ -174,11 +173,21 @@ def read_efficiency(path: Path) -> Efficiency:
         state_bytes=number(content, "state_bytes", path),
         flops_per_token=optional(content, "flops_per_token", path),
         points=tuple(sorted(points, key=lambda point: point.context)),
+        record=content,
     )
 
 
-def _scored(folder: Path, run: Run | None, **fields: Any) -> RunResult:
-    """The files that runs and reference models share, plus `fields`."""
+class Scored(NamedTuple):
+    """The content of a folder's `evaluation.json` and `samples.jsonl`."""
+
+    evaluation: dict[str, Any]
+    described: dict[str, Any]  # the key `rad` of it
+    missing: dict[str, Task]
+    samples: Samples
+
+
+def read_scored(folder: Path) -> Scored:
+    """What a model answered, and the tasks that it could not be asked."""
     path = folder / "evaluation.json"
     evaluation = json_object(path)
     described = value_of(evaluation, "rad", path)
@@ -186,28 +195,37 @@ def _scored(folder: Path, run: Run | None, **fields: Any) -> RunResult:
     samples = read_samples(
         folder / "samples.jsonl", described.get("tasks", {}), may_be_empty=bool(missing)
     )
+    return Scored(evaluation, described, missing, samples)
+
+
+def _scored(folder: Path, run: Run | None, **fields: Any) -> RunResult:
+    """The files that runs and reference models share, plus `fields`."""
+    found = read_scored(folder)
     # lm-eval repeats every prompt in its samples; only what it says about itself is kept
-    about = {key: value for key, value in evaluation.items() if isinstance(value, str)}
+    about = {key: value for key, value in found.evaluation.items() if isinstance(value, str)}
     return RunResult(
         id=folder.name,
         run=run,
-        samples=samples,
-        missing=missing,
+        samples=found.samples,
+        missing=found.missing,
         efficiency=read_efficiency(folder / "efficiency.json"),
-        evaluation=described,
+        evaluation=found.described,
         lm_eval=about,
         **fields,
     )
 
 
+def check_spec(study: Study, path: Path, run: Run) -> None:
+    """Raise `ValueError` unless the `spec.json` of a run is the study's."""
+    if training_digest(json_object(path)) != study.spec_digest(run.id):
+        raise ValueError(
+            f"{path}: this run was made from another configuration; run the workflow again"
+        )
+
+
 def read_run(study: Study, folder: Path, run: Run) -> RunResult:
     """A run of the grid; raises `ValueError` when it was made from another configuration."""
-    spec = json_object(folder / "spec.json")
-    if training_digest(spec) != study.spec_digest(run.id):
-        raise ValueError(
-            f"{folder / 'spec.json'}: this run was made from another configuration; "
-            "run the workflow again"
-        )
+    check_spec(study, folder / "spec.json", run)
     try:
         placement = Placement.load(folder / "placement.json")
     except FileNotFoundError as error:

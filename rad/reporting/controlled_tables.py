@@ -25,6 +25,7 @@ from rad.reporting.describe import (
     seeds_note,
 )
 from rad.reporting.plan import Block, Cell, blocks, cells, reference_name
+from rad.reporting.score_tables import score_row
 from rad.reporting.scores import (
     Family,
     adjusted,
@@ -149,22 +150,17 @@ def tasks(results: Results) -> Table:
         for cell in block.cells:
             group = members(results, cell)
             kept = attention(results, group)
-            values = [estimate(group, family) if family.tasks else None for family in chosen]
-            scores = [
-                score_entry(value, family.is_share)
-                for value, family in zip(values, chosen, strict=True)
-            ]
+            scores, more = score_row(group, chosen)
             rows.append((Entry(cell.selector), Entry(cell.teacher), *kept.entries, *scores))
             records += [
                 {
                     **cell_record(cell),
                     **kept.record,
+                    **record,
                     "task": family.name,
                     "family": family.family,
-                    "metric": family.metric,
-                    **estimate_fields(value, family.reason),
                 }
-                for value, family in zip(values, chosen, strict=True)
+                for record, family in zip(more, chosen, strict=True)
             ]
         panels.append(Panel(block_title(block), tuple(columns), tuple(rows)))
     return Table(

@@ -179,7 +179,7 @@ def speed(results: Results) -> Figure:
     """Speed, memory and cache against context length, at the first batch size."""
     lines = _lines(results)
     settings = results.study.evaluation.efficiency
-    batch = (getattr(settings, "batch_sizes", None) or [settings.batch_size])[0]
+    batch = (settings.batch_sizes or [settings.batch_size])[0]
     return _draw(
         lines, lambda p: p.batch_size == batch, lambda p: p.context, "context length, tokens"
     )

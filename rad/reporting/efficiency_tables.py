@@ -1,7 +1,4 @@
-"""Speed and memory against context and batch size: the probe's points of a study, or of one model.
-
-Reads the points of `efficiency.json` itself: the other tables need sizes only.
-"""
+"""Speed and memory against context and batch size: the probe's points of a study or a model."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from rad.files import read_json
 from rad.reporting.collect import Results, RunResult
 from rad.reporting.describe import budget_text
 from rad.reporting.plan import Cell, cells, row_titles, views
+from rad.reporting.records import optional
 from rad.reporting.scores import members
 from rad.reporting.writers import Column, Entry, Panel, Table, significant, size
 
@@ -53,8 +50,8 @@ def probe_points(record: Mapping[str, Any], where: str | Path) -> list[ProbePoin
     try:
         for point in (*record["points"], *record.get("batch_points", ())):
             batch = point.get("batch_size", usual)
-            values: dict[str, Any] = {name: point.get(name) for name in MEASURES}
-            seconds = point.get("prefill_seconds")
+            values: dict[str, Any] = {name: optional(point, name, where) for name in MEASURES}
+            seconds = optional(point, "prefill_seconds", where)
             if values["prefill_tokens_per_second"] is None and seconds:
                 values["prefill_tokens_per_second"] = batch * point["context"] / seconds
             found.append(ProbePoint(point["context"], batch, **values))
@@ -123,16 +120,14 @@ def pooled(members_points: Sequence[Sequence[ProbePoint]]) -> tuple[ProbePoint, 
 def groups(results: Results) -> list[Group]:
     """Every placement of the study by view, then the models as they are."""
     study, found = results.study, []
-    records: dict[str, Any] = {}
 
     def points_of(group: Sequence[RunResult], key: str | None = None) -> tuple[ProbePoint, ...]:
         gathered = []
         for result in group:
-            path = results.root / "runs" / result.id / "efficiency.json"
-            if result.id not in records:
-                records[result.id] = read_json(path)
-            record = records[result.id] if key is None else records[result.id].get(key)
+            whole = result.efficiency.record
+            record = whole if key is None else whole.get(key)
             if record is not None:
+                path = results.root / "runs" / result.id / "efficiency.json"
                 gathered.append(probe_points(record, path))
         return pooled(gathered)
 

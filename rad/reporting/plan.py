@@ -70,13 +70,17 @@ class Block:
         return None
 
 
+def by_cell(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that differ by seed only, together; in the order of the first of them."""
+    gathered: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        key = (run.base, run.selector, run.budget.slug, run.mixer, run.initialisation)
+        gathered.setdefault((*key, run.recipe, run.teacher), []).append(run)
+    return list(gathered.values())
+
+
 def cells(study: Study, view: str) -> list[Cell]:
     """The view's runs with seeds gathered, in grid order."""
-    gathered: dict[tuple[str, ...], list[Run]] = {}
-    for run in study.run_table.values():
-        if view in run.views:
-            key = (run.base, run.selector, run.budget.slug, run.mixer, run.initialisation)
-            gathered.setdefault((*key, run.recipe, run.teacher), []).append(run)
     return [
         Cell(
             view=view,
@@ -91,7 +95,7 @@ def cells(study: Study, view: str) -> list[Cell]:
             runs=tuple(run.id for run in runs),
             seeds=tuple(run.seed for run in runs),
         )
-        for runs in gathered.values()
+        for runs in by_cell(run for run in study.run_table.values() if view in run.views)
     ]
 
 
@@ -128,9 +132,7 @@ def trained(study: Study, members: Iterable[Cell]) -> list[Cell]:
 
 def reference_name(study: Study) -> str:
     """What differences are taken to: a selector, or a method, of the study; default `uniform`."""
-    # studies without the key `report` compare with uniform placement
-    settings = getattr(study, "report", None)
-    return str(getattr(settings, "reference", "uniform"))
+    return study.report.reference
 
 
 def reference_selectors(study: Study) -> list[str]:

@@ -104,8 +104,7 @@ def _headline(
     gaps = []
     for row in rows:
         base = _untouched(results, row)
-        wanted = base is not None and family.tasks
-        gaps.append(difference(row.group, [base], family) if wanted and base else None)
+        gaps.append(difference(row.group, [base], family) if base and family.tasks else None)
     found = []
     for row, gap, corrected in zip(rows, gaps, adjusted(gaps), strict=True):
         value = estimate(row.group, family) if family.tasks else None

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rad.evaluation.data import MissingData, check_data, hub_places
+from rad.evaluation.data import check_data, hub_places
+from rad.evaluation.ruler import plan
+from rad.evaluation.sources import TaskError
 from rad.models.hub import Kind
 from rad.models.sources import ModelError, describe
 from rad.placement import BudgetError
@@ -92,6 +94,8 @@ def _check_files(study: Study) -> None:
         for name, corpus in study.corpora.items()
         for file in corpus.input_files
     ]
+    if study.evaluation.chat_template:
+        wanted.append(("evaluation.chat_template", study.evaluation.chat_template))
     for name, task in study.evaluation.tasks.items():
         wanted += [(f"evaluation.tasks.{name}.files", file) for file in task.files]
         for key in ("shot_files", "questions"):
@@ -107,7 +111,8 @@ def _check_files(study: Study) -> None:
                 raise StudyError(f"corpora.{name}.dataset: source `hub` needs a dataset")
     try:
         check_data(study.evaluation)
-    except MissingData as error:
+        plan.check(study.evaluation)
+    except TaskError as error:  # questions that cannot be read, too
         raise StudyError(str(error)) from error
     for key, file in wanted:
         if not Path(file).exists():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, model_validator
@@ -179,19 +179,7 @@ AnyTask = Annotated[
     | PerplexitySettings,
     Field(discriminator="kind"),
 ]
-_CLASSES: tuple[type[TaskSettings], ...] = (
-    NanoTaskSettings,
-    RulerNanoSettings,
-    RulerTextSettings,
-    RulerSettings,
-    Gsm8kSettings,
-    CruxSettings,
-    CruxevalSettings,
-    ZeroEvalSettings,
-    RecallSettings,
-    ChoiceSettings,
-    PerplexitySettings,
-)
+_CLASSES: tuple[type[TaskSettings], ...] = get_args(get_args(AnyTask)[0])
 # kind -> its settings
 TASK_SETTINGS: dict[str, type[TaskSettings]] = {
     kind: each

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rad.cli import main
+from rad.commands.bench import _table
 
 TASKS: dict[str, Any] = {
     "gsm_hard": None,
@@ -68,6 +69,35 @@ def test_a_typo_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     arguments = ["bench", "nano:base", "--suite", "zeroevl", "--output", str(tmp_path)]
     assert main(arguments) == 2
     assert "did you mean zeroeval" in capsys.readouterr().err
+
+
+def test_data_that_came_later_are_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def built() -> dict[str, Any]:
+        tasks = {"swde": {"kind": "swde", "max_new_tokens": 4}}
+        options = ["--tasks", json.dumps(tasks), "--offline", "--data", str(tmp_path / "data")]
+        assert main(["bench", "nano:base", *options, "--output", str(tmp_path), "--dry-run"]) == 0
+        manifest = json.loads((tmp_path / "tasks" / "manifest.json").read_text())
+        return dict(manifest["tasks"][0])
+
+    assert built()["status"] == "missing"
+    stamp = tmp_path / "tasks" / "made_of.json"
+    file = tmp_path / "data" / "swde" / "validation.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"text": "Name: Ada Born:", "key": "Born", "value": "1815"}) + "\n")
+    assert built()["status"] == "ready"
+    before = stamp.stat().st_mtime_ns
+    assert built()["status"] == "ready" and stamp.stat().st_mtime_ns == before  # kept
+    file.write_text(file.read_text() * 2)
+    assert built()["samples"] == 2
+
+
+def test_the_table_reads_any_text(tmp_path: Path) -> None:
+    row = {"task": "it", "metrics": {"exact_match": 1.0}, "response": "a\u2028b\u0085c"}
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    tasks = {"it": {"metric": "exact_match", "metrics": ["exact_match"]}}
+    table = _table({"rad": {"tasks": tasks, "missing": {}}}, samples)
+    assert table.splitlines()[1].split()[:3] == ["it", "exact_match", "1.0000"]
 
 
 def test_suites_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

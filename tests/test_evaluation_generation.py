@@ -299,6 +299,8 @@ def test_a_trained_model_on_real_questions_says_the_same_in_every_batch_and_in_h
     stock = HFLM(pretrained=trained, tokenizer=tokenizer, batch_size=1, max_length=2048)
     assert stock.generate_until(real_requests(), disable_tqdm=True) == single
     pairs = [request(item.args[0], " She was happy.") for item in real_requests()[:6]]
+    # choices of one token share their prompt, and one pass of the model
+    pairs += [request("They took off their", choice) for choice in ("a", "b", "c")]
     ours = HarnessModel(trained, tokenizer, 4).loglikelihood(pairs)
     for mine, theirs in zip(ours, stock.loglikelihood(pairs, disable_tqdm=True), strict=True):
         assert mine[0] == pytest.approx(theirs[0], abs=1e-3) and mine[1] == theirs[1]

@@ -163,6 +163,18 @@ def test_requests_equal_lm_evals_own(kind: str, tmp_path: Path) -> None:
                 assert mine[metric] == pytest.approx(other[metric])
 
 
+def test_acc_norm_counts_characters_as_lm_eval_does(tmp_path: Path) -> None:
+    row = {"goal": "Say:", "sol1": "éé", "sol2": "abc", "label": 0}
+    build("piqa", tmp_path, [row])
+    task = ours(tmp_path / "out", "it")
+    reference = theirs("piqa/piqa.yaml", row, DATASETS["piqa"].split)
+    # per character the second is likelier, per byte the first
+    values = [(-2.4, False), (-3.3, False)]
+    other = reference.process_results(reference.validation_docs()[0], values)
+    mine = task.process_results(task.test_docs()[0], values)
+    assert mine["acc_norm"] == other["acc_norm"] == 0.0 and mine["acc"] == other["acc"] == 1.0
+
+
 @pytest.mark.parametrize("kind", ["arc_easy", "hellaswag", "mmlu", "race", "winogrande"])
 def test_a_row_of_another_layout_is_named(kind: str, tmp_path: Path) -> None:
     row = {field: "x" for field in DATASETS[kind].fields} | {"id": "odd-7"}

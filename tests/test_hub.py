@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,29 @@ def test_a_cached_model_needs_no_hub(tmp_path: Path) -> None:
     _snapshot(tmp_path)
     found = asked("owner/open", "http://127.0.0.1:9", tmp_path)
     assert f"where='cache', commit='{COMMIT}', licence='mit'" in found
+
+
+def test_a_pinned_tokenizer_is_read_at_its_revision(tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "models--owner--pinned" / "snapshots" / COMMIT
+    nano = Path(str(resources.files("rad") / "assets" / "nano" / "base"))
+    shutil.copytree(nano, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    code = (
+        "import sys\nfrom rad.models.sources import ModelError, tokenizer_folder\n"
+        "for revision in (sys.argv[1], None):\n"
+        "    try: print(tokenizer_folder('owner/pinned', revision=revision))\n"
+        "    except ModelError as error: print('refused:', error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, COMMIT],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    pinned, newest = done.stdout.splitlines()
+    assert Path(pinned) == folder
+    # the cache has no newest one
+    assert newest.startswith("refused:") and "owner/pinned" in newest
 
 
 def test_a_cache_without_weights_is_refused_offline(tmp_path: Path) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from rad.commands.options import DEVICE, DTYPE, OPTIONAL, Argument, Verb, as_json
-from rad.files import read_json, write_text
+from rad.files import read_json, write_json
 
 
 def suites(args: argparse.Namespace) -> None:
@@ -59,21 +58,34 @@ def _built(args: argparse.Namespace, settings: Any) -> dict[str, Any]:
     """The manifest of the tasks; what an earlier call built for the same settings is kept."""
     from rad.evaluation.build import build_tasks
     from rad.evaluation.data import input_files
+    from rad.evaluation.ruler import plan
+    from rad.evaluation.tokenizer import tokenizer_digest
     from rad.files import digest, file_digest
-    from rad.models.sources import resolve
+    from rad.models.sources import tokenizer_folder
 
-    tokenizer = str(resolve(args.model))
-    folder, file = args.output / "tasks", Path(tokenizer) / "tokenizer.json"
+    tokenizer = tokenizer_folder(args.model, revision=args.revision)
+    folder = args.output / "tasks"
+    files = {Path(name) for name in input_files(settings)}
+    for name in plan.ruler_tasks(settings):
+        for subtask, _ in plan.planned(settings, name):
+            files.update(map(Path, plan.input_files(settings, name, subtask)))
+    # a chat template is in either of these
+    beside = (Path(tokenizer) / name for name in ("tokenizer_config.json", "chat_template.jinja"))
+    files.update(path for path in beside if path.is_file())
     made_of = {
         "settings": digest(settings.model_dump(mode="json")),
-        "tokenizer": file_digest(file) if file.is_file() else tokenizer,
-        "files": {name: file_digest(Path(name)) for name in input_files(settings)},
+        "tokenizer": tokenizer_digest(tokenizer),
+        "files": {str(path): file_digest(path) for path in sorted(files)},
     }
     stamp = folder / "made_of.json"
     if stamp.is_file() and read_json(stamp) == made_of:
-        return dict(read_json(folder / "manifest.json"))
+        kept = dict(read_json(folder / "manifest.json"))
+        # what was missing may be on the hub by now
+        if all(entry["status"] == "ready" for entry in kept["tasks"]):
+            return kept
+    stamp.unlink(missing_ok=True)  # it says that the folder is whole
     manifest = build_tasks(settings, tokenizer, folder)
-    write_text(stamp, json.dumps(made_of, indent=2) + "\n")
+    write_json(stamp, made_of)
     return manifest
 
 
@@ -81,12 +93,12 @@ def _table(evaluation: dict[str, Any], samples: Path) -> str:
     """Every metric with its 95 % interval and number of documents, missing data named."""
     import numpy as np
 
+    from rad.reporting.records import records
     from rad.reporting.statistics import mean_estimate
 
     values: dict[tuple[str, str], list[float]] = {}
     tokens: dict[str, list[float]] = {}
-    for line in samples.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for _, row in records(samples):
         if "token_nll" in row["metrics"]:
             tokens.setdefault(row["task"], []).append(float(row["tokens"]))
         for metric, value in row["metrics"].items():

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rad.commands.options import DTYPE, OPTIONAL, Verb
+from rad.commands.options import DEVICE, DTYPE, OPTIONAL, Verb
+from rad.devices import chosen
 from rad.files import write_json
 
 PAPERS = ("retrieval_aware",)
@@ -34,6 +35,7 @@ def efficiency(args: argparse.Namespace) -> None:
         return
     from pydantic import ValidationError
 
+    from rad.distillation import parallel
     from rad.efficiency_settings import EfficiencySettings
     from rad.evaluation.efficiency import measure
     from rad.models import sources
@@ -41,7 +43,9 @@ def efficiency(args: argparse.Namespace) -> None:
     from rad.reporting.efficiency_tables import probe_table
     from rad.reporting.writers import markdown_text
 
-    model = sources.load(args.model, revision=args.revision, dtype=args.dtype).to(args.device)
+    parallel.alone("efficiency")
+    device = chosen(args.device)
+    model = sources.load(args.model, revision=args.revision, dtype=args.dtype).to(device)
     asked: dict[str, Any] = {
         "contexts": args.contexts or default_contexts(model.config.max_position_embeddings),
         "batch_sizes": args.batch_sizes,
@@ -56,7 +60,7 @@ def efficiency(args: argparse.Namespace) -> None:
         raise ValueError(f"efficiency: {first_error(error)}") from error
     base = None
     if args.base is not None:
-        base = sources.load(args.base, dtype=args.dtype).to(args.device)
+        base = sources.load(args.base, dtype=args.dtype).to(device)
     record = measure(
         model,
         run=args.model,
@@ -123,7 +127,7 @@ VERBS: dict[str, Verb] = {
             ),
             ("--revision", {"default": None, "help": "hub revision of the model"}),
             DTYPE,
-            ("--device", {"default": "cpu", "help": "cpu or cuda"}),
+            DEVICE,
             ("--paper", {"choices": PAPERS, "default": None, "help": "its memory accounting"}),
             ("--output", {**OPTIONAL, "help": "JSON file; with --paper a folder"}),
         ],

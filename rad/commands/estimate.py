@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
-from typing import Any
 
-from rad.commands.options import CONFIG, OPTIONAL, Verb
+from rad.commands.options import CONFIG, OPTIONAL, Verb, load_study
 from rad.files import write_json
 
 
 class DoesNotFit(ValueError):
     """Some jobs of the study need more memory than the GPU has; the message says how many."""
-
-
-def _study(files: list[Path]) -> Any:
-    from rad.settings import SELECTOR_SETTINGS
-    from rad.study import load
-
-    rules = Path("workflow/rules/selection").glob("*.smk")
-    return load(files, sorted({rule.stem for rule in rules} - set(SELECTOR_SETTINGS)))
 
 
 def estimate(args: argparse.Namespace) -> None:
@@ -30,7 +20,7 @@ def estimate(args: argparse.Namespace) -> None:
     from rad.estimate.study import Estimate
 
     hardware = Hardware.named(args.gpu, args.count, args.mfu, args.price)
-    found = Estimate(_study(args.config), hardware, args.configs)
+    found = Estimate(load_study(args.config), hardware, args.configs)
     print(table.text(found))
     if args.json is not None:
         write_json(args.json, table.as_dict(found))

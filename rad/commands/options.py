@@ -1,12 +1,17 @@
-"""Argument shapes that verbs share."""
+"""What verbs share: shapes of arguments, and reading the study that they name."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rad.files import read_json
+
+if TYPE_CHECKING:
+    from rad.study import Study
 
 
 def as_json(text: str) -> Any:
@@ -15,6 +20,23 @@ def as_json(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+
+
+def load_study(files: Sequence[Path]) -> Study:
+    """The study of YAML files, with the selectors that have a rule of their own here."""
+    from rad.settings import SELECTOR_SETTINGS
+    from rad.study import load
+
+    rules = Path("workflow/rules/selection").glob("*.smk")
+    return load(files, sorted({rule.stem for rule in rules} - set(SELECTOR_SETTINGS)))
+
+
+def recorded_study(path: Path) -> Study:
+    """The study of a `study.json`, as the workflow leaves it beside the results."""
+    from rad.study import Study
+
+    raw = read_json(path)
+    return Study.from_config(raw, raw.pop("external_selectors", ()))
 
 
 Argument = tuple[str, dict[str, Any]]

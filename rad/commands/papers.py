@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rad.commands.options import OPTIONAL, Verb
-from rad.files import read_json
+from rad.commands.options import OPTIONAL, Verb, load_study, recorded_study
 
 if TYPE_CHECKING:
     from rad.study import Study
@@ -49,16 +48,9 @@ def papers(args: argparse.Namespace) -> None:
 
 
 def _study(args: argparse.Namespace) -> Study:
-    from rad.settings import SELECTOR_SETTINGS
-    from rad.study import Study, load
-
     if (args.study is None) == (not args.config):
         raise ValueError("name the study by its YAML files, or by --study FILE (study.json)")
-    if args.study is None:
-        rules = Path("workflow/rules/selection").glob("*.smk")
-        return load(args.config, sorted({rule.stem for rule in rules} - set(SELECTOR_SETTINGS)))
-    raw = read_json(args.study)
-    return Study.from_config(raw, raw.pop("external_selectors", ()))
+    return load_study(args.config) if args.study is None else recorded_study(args.study)
 
 
 VERBS: dict[str, Verb] = {

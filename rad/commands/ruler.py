@@ -19,10 +19,17 @@ def ruler(args: argparse.Namespace) -> None:
     from rad.evaluation.ruler.build import available, builder_of, missing
     from rad.evaluation.ruler.store import Store
     from rad.evaluation.tokenizer import counter, tokenizer_digest
+    from rad.models.sources import tokenizer_folder
 
     if (args.tokenizer is None) == (args.model is None):
         raise ValueError("name the tokenizer with --tokenizer (folder, hub id) or --model FILE")
-    tokenizer = args.tokenizer or read_json(args.model)["path"]
+    if args.model is not None:
+        record = read_json(args.model)
+        tokenizer = tokenizer_folder(record["source"], revision=record["revision"])
+    elif Path(args.tokenizer).is_dir():  # a tokenizer alone is enough
+        tokenizer = args.tokenizer
+    else:
+        tokenizer = tokenizer_folder(args.tokenizer)
     wrap = None
     if args.chat:
         wrap = Chat(args.name, tokenizer, args.chat_template).wrap

@@ -8,31 +8,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from rad.commands.options import CONFIG, DEVICE, JSON, OPTIONAL, PATH, Verb
+from rad.commands.options import (
+    CONFIG,
+    DEVICE,
+    JSON,
+    OPTIONAL,
+    PATH,
+    Verb,
+    load_study,
+    recorded_study,
+)
 from rad.devices import chosen
 from rad.files import read_json, write_json, write_text
 
 
-def _external_selectors() -> list[str]:
-    from rad.settings import SELECTOR_SETTINGS
-
-    rules = Path("workflow/rules/selection").glob("*.smk")
-    return sorted({rule.stem for rule in rules} - set(SELECTOR_SETTINGS))
-
-
-def _study(files: Sequence[Path]) -> Any:
-    from rad.study import load
-
-    return load(files, _external_selectors())
-
-
 def plan(args: argparse.Namespace) -> None:
     """List the runs of a study."""
-    study = _study(args.config)
+    study = load_study(args.config)
     for run in study.run_table.values():
         print(f"{run.id}  [{', '.join(run.views)}]")
 
@@ -46,7 +40,7 @@ def check(args: argparse.Namespace) -> None:
     from rad.study import StudyError
     from rad.workflow import go_offline
 
-    study = _study(args.config)
+    study = load_study(args.config)
     if study.offline or args.offline:
         go_offline()
     faults = []
@@ -118,11 +112,13 @@ def tasks(args: argparse.Namespace) -> None:
     """Build the evaluation documents of a suite."""
     from rad.evaluation import cost
     from rad.evaluation.build import build_tasks
+    from rad.models.sources import tokenizer_folder
     from rad.settings import EvaluationSettings
 
     record = read_json(args.model)
+    tokenizer = tokenizer_folder(record["source"], revision=record["revision"])
     settings = EvaluationSettings.model_validate(args.settings)
-    print(cost.text(build_tasks(settings, record["path"], args.output, ruler=args.ruler)))
+    print(cost.text(build_tasks(settings, tokenizer, args.output, ruler=args.ruler)))
 
 
 def align(args: argparse.Namespace) -> None:
@@ -209,10 +205,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     """Build tables, figures and report.html from the results of a study."""
     from rad.reporting import build_report
-    from rad.study import Study
 
-    raw = read_json(args.study)
-    build_report(Study.from_config(raw, raw.pop("external_selectors", ())), args.root)
+    build_report(recorded_study(args.study), args.root)
 
 
 def teacher_outputs(args: argparse.Namespace) -> None:

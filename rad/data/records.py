@@ -101,7 +101,7 @@ def parquet_records(path: Path, column: str) -> Iterator[Located]:
                     yield f"{path}, row {number}", {column: value}
     except (pyarrow.ArrowException, OSError) as error:
         raise CorpusError(
-            f"{path}: unreadable parquet after row {number} ({_first_line(error)})"
+            f"{path}: unreadable parquet after row {number} ({first_line(error)})"
         ) from error
 
 
@@ -149,7 +149,7 @@ def _hub(source: SourceSettings, seed: int, buffer: int) -> Iterator[Located]:
         raise
     except (OSError, ValueError) as error:
         raise CorpusError(
-            f"{where}: cannot be read ({_first_line(error)}); check its name, split and the "
+            f"{where}: cannot be read ({first_line(error)}); check its name, split and the "
             "network, or download it and give the folder"
         ) from error
 
@@ -176,5 +176,6 @@ def shuffled(items: Iterable[T], seed: int, buffer: int) -> Iterator[T]:
     yield from held
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, on one line; its name where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -259,22 +259,27 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
     @torch.no_grad()
     def _likelihoods(self, batch: Sequence[_Span]) -> list[tuple[float, bool]]:
         """(log-likelihood, argmax) of each span of a batch, summed in float32."""
+        # Choices of one token differ in what is not read: their prompt is read once.
+        read = [tuple(span.tokens[:-1]) for span in batch]
+        rows = {tokens: row for row, tokens in enumerate(dict.fromkeys(read))}
         # Padded on the right: a causal model does not see it, so no mask is needed.
-        rows = [torch.tensor(span.tokens[:-1]) for span in batch]
-        tokens = pad_sequence(rows, batch_first=True).to(self.model.device)  # (B, T)
+        tokens = pad_sequence(list(map(torch.tensor, rows)), batch_first=True)  # (B, T)
         first = min(len(span.tokens) - 1 - span.answer for span in batch)
         kept = tokens.shape[1] - first
+        tokens = tokens.to(self.model.device)
         logits = self.model(tokens, use_cache=False, logits_to_keep=kept).logits  # (B, kept, V)
         found = []
-        for span, row in zip(batch, logits, strict=True):
+        for span, key in zip(batch, read, strict=True):
             end = len(span.tokens) - 1 - first
-            words = row[end - span.answer : end].float().log_softmax(-1)  # (answer, V)
+            scored = logits[rows[key], end - span.answer : end]  # (answer, V)
+            words = scored.float().log_softmax(-1)
             goal = torch.tensor(span.tokens[-span.answer :], device=words.device)
             value = words.gather(1, goal[:, None]).sum()
             found.append((float(value), bool((words.argmax(-1) == goal).all())))
         return found
 
     def _loglikelihood_tokens(self, requests: Any, **unused: Any) -> Any:
+        # abstract in lm-eval's class, whose own `loglikelihood` would drop the documents' names
         raise NotImplementedError("requests are scored by `loglikelihood`")
 
 

@@ -42,6 +42,7 @@ def _requested(
     ruler: Path | None,
 ) -> Iterable[Concrete]:
     """The concrete tasks of every configured one, missing data as a task without documents."""
+    trained = trained_context(tokenizer)
     for task, options in settings.tasks.items():
         request = Request(
             task=task,
@@ -50,7 +51,7 @@ def _requested(
             data=Path(settings.data),
             count=count,
             limit=limit,
-            trained=trained_context(tokenizer),
+            trained=trained,
             samples=settings.wanted(task),
             probes=settings.probe_samples,
             tokenizer=tokenizer,

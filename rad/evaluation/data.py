@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rad.data.records import first_line
 from rad.evaluation.sources import Document, TaskError, read_texts
 from rad.files import file_digest
+from rad.models import hub
 from rad.settings import EvaluationSettings
 
 
@@ -124,10 +125,7 @@ DATASETS: dict[str, Place] = {
 
 def offline(setting: bool) -> bool:
     """Whether the hub must not be asked: by the settings or by either library's variable."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    return setting or any(
-        os.environ.get(n, "").upper() in ("1", "ON", "YES", "TRUE") for n in names
-    )
+    return setting or hub.offline("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
 
 def _parse(task: str, path: Path, text: str, fields: Sequence[str]) -> list[Document]:
@@ -170,15 +168,14 @@ def _from_files(task: str, place: Place, files: Sequence[str], root: Path) -> Ro
 def _from_hub(task: str, dataset: str, place: Place, revision: str | None) -> Rows:
     # datasets is slow to import and wants the network: only when no file was found
     from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
 
     where = f"{place.hub}{f' ({place.config})' if place.config else ''}"
     try:
         loaded = load_dataset(place.hub, place.config, split=place.split, revision=revision)
-    except (OSError, ValueError, DatasetNotFoundError) as error:
+    except (OSError, ValueError) as error:
         raise MissingData(
             f"evaluation.tasks.{task}: {dataset}: no file {place.file} in evaluation.data, and the "
-            f"hub did not give {where}: {str(error).splitlines()[0]}"
+            f"hub did not give {where}: {first_line(error)}"
         ) from error
     missing = [name for name in place.fields if name not in loaded.column_names]
     if missing:
@@ -218,14 +215,13 @@ def read_dataset(
     place = DATASETS[dataset]
     if files:
         return _from_files(task, place, files, root)
-    path = data / place.file
-    if (root / path).is_file():
+    if (path := standard_file(dataset, root, data)) is not None:
         return _from_files(task, place, [str(path)], root)
     if place.hub is None or offline(no_hub):
         why = "it is on no hub" if place.hub is None else f"offline, so {place.hub} is not asked"
         raise MissingData(
-            f"evaluation.tasks.{task}: no data for {dataset}: put {path} there, or name it in "
-            f"`files` ({why})"
+            f"evaluation.tasks.{task}: no data for {dataset}: put {data / place.file} there, or "
+            f"name it in `files` ({why})"
         )
     return _from_hub(task, dataset, place, revision)
 
@@ -265,16 +261,26 @@ NEEDS: dict[str, tuple[str, ...]] = {
 _KEYS = {"gsm8k_train": "shot_files"}
 
 
+def _unnamed(
+    settings: EvaluationSettings, name: str, root: Path
+) -> Iterator[tuple[str, Path | None]]:
+    """(data set, its standard file if it is there) of what a task needs and names no file for."""
+    task = settings.tasks[name]
+    for dataset in NEEDS.get(task.kind, ()):
+        if not getattr(task, _KEYS.get(dataset, "files"), ()):
+            yield dataset, standard_file(dataset, root, Path(settings.data))
+
+
 def input_files(settings: EvaluationSettings, root: Path = Path(".")) -> list[str]:
-    """The files that the tasks read: those of the settings, and those found in the data folder."""
-    data, found = Path(settings.data), set[str]()
-    for task in settings.tasks.values():
+    """The files that the tasks read: those of the settings, and those found in the data folder.
+
+    What a `ruler` task is made from is not among them: its documents have a rule of their own.
+    """
+    found = {settings.chat_template} if settings.chat_template else set[str]()
+    for name, task in settings.tasks.items():
         for key in ("files", "shot_files", "questions"):
             found.update(getattr(task, key, ()))
-        for dataset in NEEDS.get(task.kind, ()):
-            path = standard_file(dataset, root, data)
-            if path is not None and not getattr(task, _KEYS.get(dataset, "files"), ()):
-                found.add(str(path))
+        found.update(str(path) for _, path in _unnamed(settings, name, root) if path is not None)
     return sorted(found)
 
 
@@ -283,24 +289,17 @@ def check_data(settings: EvaluationSettings, root: Path = Path(".")) -> None:
     for name, task in settings.tasks.items():
         if task.missing == "row":
             continue
-        for dataset in NEEDS.get(task.kind, ()):
-            if getattr(task, _KEYS.get(dataset, "files"), ()):
-                continue
-            place, path = DATASETS[dataset], Path(settings.data) / DATASETS[dataset].file
-            reachable = place.hub is not None and not offline(settings.offline)
-            if not reachable and not (root / path).is_file():
+        for dataset, file in _unnamed(settings, name, root):
+            place = DATASETS[dataset]
+            if file is None and (place.hub is None or offline(settings.offline)):
                 raise MissingData(
-                    f"evaluation.tasks.{name}: no data for {dataset}: put {path} there, or name "
-                    "its file in the task's settings"
+                    f"evaluation.tasks.{name}: no data for {dataset}: put "
+                    f"{Path(settings.data) / place.file} there, or name its file in the task's "
+                    "settings"
                 )
 
 
 def hub_places(settings: EvaluationSettings, name: str, root: Path = Path(".")) -> list[str]:
     """Ids of the hub's data sets that a task will be made from, having no file."""
-    task, found = settings.tasks[name], []
-    for dataset in NEEDS.get(task.kind, ()):
-        place = DATASETS[dataset]
-        stated = getattr(task, _KEYS.get(dataset, "files"), ())
-        if place.hub and not stated and standard_file(dataset, root, Path(settings.data)) is None:
-            found.append(place.hub)
-    return found
+    unnamed = _unnamed(settings, name, root)
+    return [place for dataset, file in unnamed if file is None and (place := DATASETS[dataset].hub)]

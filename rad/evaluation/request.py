@@ -6,7 +6,7 @@ A document is a mapping with `id`, `prompt` (exactly what the model continues) a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,6 +50,12 @@ class Request:
     def chat(self) -> Chat:
         """The tokenizer's chat template; raises `TaskError` when it has none."""
         return Chat(self.task, self.tokenizer, self.chat_template)
+
+    def whole(
+        self, documents: list[Document], probe: Sequence[Document] = (), **options: Any
+    ) -> list[Concrete]:
+        """The configured task as one concrete task; `options` are those of `Concrete`."""
+        return [Concrete(self.task, self.task, self.settings, documents, list(probe), **options)]
 
     def error(self, key: str, text: str) -> TaskError:
         """An error about one key of the task's settings."""

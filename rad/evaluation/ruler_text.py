@@ -15,30 +15,16 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from rad.evaluation.ruler.tasks import CWE, NEEDLE, NIAH_ONE, VT
 from rad.evaluation.sources import Count, Document, TaskError, paragraphs
 
 SUBTASKS: tuple[str, ...] = ("single", "multikey", "vt", "cwe")
 _SENTENCE = re.compile(r"(?<=[.!?])[\"'\u201d\u2019]?\s+(?=[\"'\u201c\u2018]?[A-Z])")
 
-_NEEDLE = "One of the special magic numbers for {key} is: {value}."
-_NIAH = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the number afterwards.\n{context}\n"
-    "What is the special magic number for {key} mentioned in the provided text?"
-    " The special magic number for {key} mentioned in the provided text is"
-)
-_VT = (
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-    "{context}\nQuestion: Find all variables that are assigned the value {value} in the text above."
-    " Answer: According to the chain(s) of variable assignment in the text above, "
-    "{count} variables are assigned the value {value}, they are: "
-)
-_CWE = (
-    "Below is a numbered list of words. In these words, some appear more often than others. "
-    "Memorize the ones that appear most often.\n{context}\n"
-    "Question: What are the {count} most common words in the above list?"
-    " Answer: The top {count} words that appear most often in the list are:"
-)
+# RULER's texts before the answer and its prefixes, with numbers as needles
+_NEEDLE = NEEDLE.replace("{kind}", "numbers")
+_NIAH = "".join(NIAH_ONE).replace("{kind}", "number").replace("{query}", "{key}")
+_VT, _CWE = "".join(VT), "".join(CWE)
 _KEYS = (4, 3, 2)  # needles of multikey, one of them asked for
 _HOPS = (4, 3, 2, 1)
 # common words, how often they come, how often every other word comes; RULER: 10, 30 (6), 3 (1)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+from rad.data.records import first_line
 from rad.evaluation.sources import Count, TaskError
 from rad.files import file_digest, read_json
 from rad.settings import EvaluationSettings
@@ -27,8 +28,8 @@ def _counted(encode: Callable[[str], list[int]]) -> Count:
 def counter(tokenizer_path: str) -> Count:
     """A function text -> number of tokens as the model will see them, `<s>` included.
 
-    `tokenizer_path` is a checkpoint folder, a folder with nothing but GPT-2's two files, or a hub
-    id in the local cache. Raises `TaskError` when there is no tokenizer.
+    `tokenizer_path` is a checkpoint folder (of a hub id: `rad.models.sources.tokenizer_folder`) or
+    one with nothing but GPT-2's two files. Raises `TaskError` when there is no tokenizer.
     """
     folder = Path(tokenizer_path)
     file = folder / "tokenizer.json"
@@ -48,16 +49,12 @@ def counter(tokenizer_path: str) -> Count:
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     except (OSError, ValueError) as error:
-        raise TaskError(
-            f"no tokenizer at {tokenizer_path}: {str(error).splitlines()[0]}"
-        ) from error
+        raise TaskError(f"no tokenizer at {tokenizer_path}: {first_line(error)}") from error
     return _counted(tokenizer.encode)
 
 
 def trained_context(tokenizer_path: str) -> int | None:
-    """The context that a checkpoint folder or a cached hub id states, in tokens, or None."""
-    if not Path(tokenizer_path).is_dir():
-        tokenizer_path = _cached(tokenizer_path)
+    """The context that a checkpoint folder states, in tokens, or None."""
     for name, key in (
         ("config.json", "max_position_embeddings"),
         ("tokenizer_config.json", "model_max_length"),
@@ -66,14 +63,6 @@ def trained_context(tokenizer_path: str) -> int | None:
         if file.is_file() and isinstance(value := read_json(file).get(key), int):
             return value
     return None
-
-
-def _cached(repository: str) -> str:
-    """The folder of a hub id in the local cache, where reading its tokenizer has put it."""
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(repository, "config.json")
-    return str(Path(file).parent) if isinstance(file, str) else repository
 
 
 def context_limit(settings: EvaluationSettings, tokenizer_path: str) -> int:
@@ -87,7 +76,7 @@ def context_limit(settings: EvaluationSettings, tokenizer_path: str) -> int:
 
 
 def tokenizer_digest(folder: str) -> str:
-    """sha256 of the tokenizer's own file, or of its serialised form when it comes from the hub."""
+    """sha256 of the tokenizer's own file, or of its serialised form where it has no such file."""
     path = Path(folder)
     if (path / "tokenizer.json").is_file():
         return file_digest(path / "tokenizer.json")

@@ -40,9 +40,10 @@ class Found:
         return {key: value for key, value in asdict(self).items() if key != "source"}
 
 
-def offline() -> bool:
-    """Whether the environment forbids asking the hub."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+def offline(*variables: str) -> bool:
+    """Whether the environment forbids asking the hub; `variables`: default HF_HUB_OFFLINE."""
+    names = variables or ("HF_HUB_OFFLINE",)
+    return any(os.environ.get(name, "").upper() in _TRUE for name in names)
 
 
 def _command(source: str, revision: str | None, kind: Kind, folder: Path | None = None) -> str:

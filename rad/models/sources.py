@@ -213,6 +213,28 @@ def check_files(source: str, folder: Path) -> None:
             ) from error
 
 
+def tokenizer_folder(source: str, *, revision: str | None = None) -> str:
+    """The folder with configuration and tokenizer of a source: of a hub id the cached snapshot.
+
+    What is not in the cache is fetched, at this revision. Raises `ModelError`.
+    """
+    path = resolve(source)
+    if isinstance(path, Path):
+        return str(path)
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        for part in (AutoConfig, AutoTokenizer):
+            part.from_pretrained(path, revision=revision)
+    except OSError as error:
+        raise unreachable(source, revision) from error
+    file = try_to_load_from_cache(path, "config.json", revision=revision)
+    if not isinstance(file, str):
+        raise unreachable(source, revision)
+    return str(Path(file).parent)
+
+
 def load_tokenizer(source: str, *, revision: str | None = None) -> Any:
     """The tokenizer of a source, padding on the left."""
     from transformers import AutoTokenizer

@@ -154,22 +154,13 @@ def build(request: Request) -> list[Concrete]:
     found = request.rows(dataset)
     documents: list[Document] = []
     for number, row in enumerate(found.rows[: request.samples]):
+        name = row.get("id", row.get("ind", number))
         try:
             document = form(row)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError, SyntaxError) as error:
-            name = row.get("id", row.get("ind", number))
             raise TaskError(
                 f"evaluation.tasks.{request.task}.files: row {name} of {dataset} is not as "
                 f"lm-eval's {request.settings.kind} has it ({type(error).__name__}: {error})"
             ) from error
-        documents.append({"id": str(row.get("id", row.get("ind", number))), **document})
-    return [
-        Concrete(
-            request.task,
-            request.task,
-            request.settings,
-            documents,
-            template=template,
-            facts=found.facts,
-        )
-    ]
+        documents.append({"id": str(name), **document})
+    return request.whole(documents, template=template, facts=found.facts)

@@ -51,13 +51,5 @@ def build(request: Request) -> list[Concrete]:
     test = everything[: request.samples]
     first_spare = max(len(test), len(everything) - request.probes)
     spare = everything[first_spare:] if request.probes else []
-    return [
-        Concrete(
-            request.task,
-            request.task,
-            settings,
-            [document(number) for number in test],
-            [document(number) for number in spare],
-            facts=found.facts,
-        )
-    ]
+    probe = [document(number) for number in spare]
+    return request.whole([document(number) for number in test], probe, facts=found.facts)

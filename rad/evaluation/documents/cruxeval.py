@@ -148,15 +148,10 @@ def build(request: Request) -> list[Concrete]:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
         }
-    return [
-        Concrete(
-            request.task,
-            request.task,
-            settings,
-            test,
-            every[first_spare:] if wanted else [],
-            generation=sampling,
-            repeats=settings.generations,
-            facts=found.facts,
-        )
-    ]
+    return request.whole(
+        test,
+        every[first_spare:] if wanted else [],
+        generation=sampling,
+        repeats=settings.generations,
+        facts=found.facts,
+    )

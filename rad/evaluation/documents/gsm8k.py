@@ -134,13 +134,5 @@ def build(request: Request) -> list[Concrete]:
             }
             if request.count(item["prompt"] + item["target"]) <= request.limit:
                 probe.append(item)
-    return [
-        Concrete(
-            request.task,
-            request.task,
-            settings,
-            documents,
-            probe[: request.probes],
-            facts={**found.facts, "shots": wanted},
-        )
-    ]
+    facts = {**found.facts, "shots": wanted}
+    return request.whole(documents, probe[: request.probes], facts=facts)

@@ -44,7 +44,7 @@ def build(request: Request) -> list[Concrete]:
         # Short functions repeat between seeds, so ask for more than needed.
         others = documents(request, 2 * request.probes, settings.seed + PROBE_SEED_OFFSET)
         probe = without(others, made, request.probes)
-    return [Concrete(request.task, request.task, settings, made, probe)]
+    return request.whole(made, probe)
 
 
 def build_ruler(request: Request) -> list[Concrete]:

@@ -128,13 +128,4 @@ _MAKERS: dict[str, Callable[[Request], tuple[list[Document], dict[str, Any]]]] =
 def build(request: Request) -> list[Concrete]:
     """One concrete task; raises `MissingData` where a published set is in none of its places."""
     documents, facts = _MAKERS[request.settings.kind](request)
-    return [
-        Concrete(
-            request.task,
-            request.task,
-            request.settings,
-            documents,
-            template="recall",
-            facts=facts,
-        )
-    ]
+    return request.whole(documents, template="recall", facts=facts)

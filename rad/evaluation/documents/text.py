@@ -66,4 +66,4 @@ def build(request: Request) -> list[Concrete]:
         }
         for index, text in enumerate(chosen)
     ]
-    return [Concrete(request.task, request.task, settings, documents, facts=found.facts)]
+    return request.whole(documents, facts=found.facts)

@@ -34,7 +34,7 @@ def build(request: Request) -> list[Concrete]:
                 "boxed": settings.boxed,
             }
         )
-    return [Concrete(request.task, request.task, settings, documents, facts=found.facts)]
+    return request.whole(documents, facts=found.facts)
 
 
 def _doubled(request: Request, prompt: str) -> str:

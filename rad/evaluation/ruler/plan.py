@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rad.evaluation.data import MissingData
 from rad.evaluation.ruler import tasks
 from rad.evaluation.ruler.build import available, haystack_files, missing, question_files
 from rad.task_settings import RulerSettings, TaskTable
@@ -44,15 +45,33 @@ def planned(table: TaskTable, name: str) -> list[tuple[str, int]]:
     ]
 
 
+def check(table: TaskTable) -> None:
+    """Raise `MissingData` for the first sub-task without data where that is an error."""
+    data = Path(table.data)
+    for name in ruler_tasks(table):
+        settings = _settings(table, name)
+        if settings.missing == "row":
+            continue
+        texts = haystack_files(settings.files, Path(), data)
+        questions = question_files(name, settings.questions, Path(), data)
+        for each in settings.subtasks or tasks.TASKS:
+            if each in tasks.EVERY and (
+                why := missing(name, available(each, questions), texts, questions, data)
+            ):
+                raise MissingData(why)
+
+
 def input_files(table: TaskTable, name: str, subtask: str) -> list[str]:
-    """The haystack or questions that a sub-task is made from."""
+    """The haystack or questions that a sub-task is made from, and a chat template of its own."""
     settings, root, data = _settings(table, name), Path(), Path(table.data)
     task = tasks.find(subtask)
+    found = [table.chat_template] if settings.chat and table.chat_template else []
     if task.essay:
-        return haystack_files(settings.files, root, data)
-    if task.dataset is not None:
-        return [str(question_files(name, settings.questions, root, data)[task.dataset].path)]
-    return []
+        found += haystack_files(settings.files, root, data)
+    elif task.dataset is not None:
+        questions = question_files(name, settings.questions, root, data)
+        found.append(str(questions[task.dataset].path))
+    return found
 
 
 def options(table: TaskTable, name: str) -> list[str]:

@@ -98,17 +98,19 @@ class QuestionFile:
     def __init__(self, task: str, dataset: str, path: Path) -> None:
         self.task, self.dataset, self.path = task, dataset, path
         self._set: QuestionSet | None = None
+        self._sha256: str | None = None
 
     def _error(self, text: str) -> TaskError:
         return TaskError(f"evaluation.tasks.{self.task}.questions: {self.path}: {text}")
 
     def facts(self) -> dict[str, str]:
         """Name and sha256; raises `TaskError` when the file cannot be read."""
-        try:
-            found = file_digest(self.path)
-        except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})") from error
-        return {"dataset": self.dataset, "file": self.path.name, "sha256": found}
+        if self._sha256 is None:
+            try:
+                self._sha256 = file_digest(self.path)
+            except OSError as error:
+                raise self._error(f"cannot be read ({error.strerror})") from error
+        return {"dataset": self.dataset, "file": self.path.name, "sha256": self._sha256}
 
     def load(self) -> QuestionSet:
         """The questions; raises `TaskError` when the file is not of the data set's layout."""

@@ -1,7 +1,7 @@
 """Multiple choice by log-likelihood: (log-likelihood in nats, whether it is greedy) per choice.
 
 The same numbers as lm-eval's own: `acc` takes the most likely choice, `acc_norm` the most likely
-per byte of the choice, `mass` (TruthfulQA mc2) the probability of all true choices together.
+per character of the choice, `mass` (TruthfulQA mc2) the probability of all true choices together.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def _best(values: Sequence[float]) -> int:
 def choice_results(document: Mapping[str, Any], results: Sequence[Likelihood]) -> dict[str, float]:
     """lm-eval `process_results` of a choice task: `acc` and `acc_norm`."""
     gold, values = document["gold"], [value for value, _ in results]
-    lengths = [max(1, len(choice.encode("utf-8"))) for choice in document["choices"]]
-    per_byte = [value / size for value, size in zip(values, lengths, strict=True)]
-    return {"acc": float(_best(values) == gold), "acc_norm": float(_best(per_byte) == gold)}
+    lengths = [max(1, len(choice)) for choice in document["choices"]]
+    normed = [value / size for value, size in zip(values, lengths, strict=True)]
+    return {"acc": float(_best(values) == gold), "acc_norm": float(_best(normed) == gold)}
 
 
 def mass_results(document: Mapping[str, Any], results: Sequence[Likelihood]) -> dict[str, float]:

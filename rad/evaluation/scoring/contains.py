@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-
-def string_match(references: Sequence[str], response: str) -> float:
-    """Share of the references contained in the response, ignoring case.
-
-    Source: RULER `string_match_all`, with its clean-up of control characters.
-    """
-    text = re.sub(r"[\x00-\x1f]", "\n", response).strip().lower()
-    return sum(reference.lower() in text for reference in references) / len(references)
+from rad.evaluation.scoring.ruler import string_match_all
 
 
 def ruler_scores(references: Sequence[str], target: str, response: str) -> dict[str, float]:
     """`string_match` (share of references found) and `exact_match` (the whole answer)."""
     return {
-        "string_match": string_match(references, response),
+        "string_match": string_match_all(references, response),
         "exact_match": float(response.strip() == target.strip()),
     }
 

@@ -72,6 +72,8 @@ def _to_gpus(args: argparse.Namespace, arguments: Sequence[str]) -> None:
         raise ValueError("this verb computes on the CPU: call it without --gpus")
     # no GPU that was not asked for, and no CPU while a GPU waits
     os.environ.setdefault(VARIABLE, "cuda" if args.gpus else "cpu")
+    if not args.gpus and one_process:  # a model laid over devices asks for none by name
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if args.gpus and not launched():
         launch(arguments, args.gpus, one_process)
 

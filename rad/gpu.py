@@ -20,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -94,27 +93,13 @@ def lock_folder() -> Path:
     return Path(folder)
 
 
-@contextmanager
-def devices(count: int, folder: Path | None = None) -> Iterator[list[str]]:
-    """Ids of `count` devices that no other job has within the block; waits until so many are free.
-
-    Raises `ValueError` when so many do not exist, and inside another block: a job asks once.
-    """
-    ids, locks = _take(count, folder)
-    os.environ[HELD] = _holding(ids)
-    try:
-        yield ids
-    finally:
-        del os.environ[HELD]
-        for lock in locks:
-            os.close(lock)
-
-
 def become(command: Sequence[str], count: int, folder: Path | None = None) -> NoReturn:
     """Replace this process by `command`, which sees `count` devices of its own until it ends.
 
-    It is the same process: signals and exit status are the command's own, and no wrapper can
-    be killed beside it. Raises `ValueError` as `devices` does, and when there is no such command.
+    Waits until so many are free. It is the same process: signals and exit status are the command's
+    own, and no wrapper can be killed beside it. Raises `ValueError` when there are not so many
+    devices, when a process above holds some already (a job asks once), and when there is no such
+    command.
     """
     if shutil.which(command[0]) is None:
         raise ValueError(f"{command[0]}: command not found")
@@ -122,7 +107,7 @@ def become(command: Sequence[str], count: int, folder: Path | None = None) -> No
         ids, locks = _take(count, folder)
         for lock in locks:
             os.set_inheritable(lock, True)
-        os.environ[HELD] = _holding(ids)
+        os.environ[HELD] = f"{os.getpid()}:{','.join(ids)}"
         os.environ[VISIBLE] = ",".join(ids)
         # nvidia-smi counts in this order, CUDA by speed unless told
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
@@ -171,10 +156,6 @@ def _take(count: int, folder: Path | None) -> tuple[list[str], list[int]]:
     return [device for device in pool if device in locks], list(locks.values())
 
 
-def _holding(ids: list[str]) -> str:
-    return f"{os.getpid()}:{','.join(ids)}"
-
-
 def _fill(locks: dict[str, int], pool: list[str], count: int, folder: Path) -> None:
     """Lock devices until `count` are held."""
     said = False
@@ -197,7 +178,21 @@ def _fill(locks: dict[str, int], pool: list[str], count: int, folder: Path) -> N
 
 
 def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    """A lock file that every user of the folder may lock; raises `ValueError` where one may not."""
+    flags = os.O_RDWR | os.O_CLOEXEC
+    try:
+        try:
+            # not O_CREAT at once: a sticky folder refuses it for the files of others
+            return os.open(path, flags)
+        except FileNotFoundError:
+            file = os.open(path, flags | os.O_CREAT, 0o666)
+    except PermissionError as error:
+        raise ValueError(
+            f"{path}: not yours to lock: remove it, or name another folder in {LOCKS}"
+        ) from error
+    if os.fstat(file).st_uid == os.getuid():
+        os.fchmod(file, 0o666)  # whatever the umask
+    return file
 
 
 def _locked(file: int) -> bool:

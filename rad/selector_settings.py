@@ -319,8 +319,15 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-# methods whose scores do not depend on the budget and that keep them for their other budgets
-SHARE_SCORES = ("kl_guided", "retrieval_aware")
+# values of a batch's logits that are formed at once, or kept; above, a few tokens at a time
+SHARED_LOGITS = 200_000_000
+
+
+def shares_scores(settings: Settings) -> bool:
+    """Whether scores do not depend on the budget and are kept for the selector's other budgets."""
+    if isinstance(settings, KLGuidedSettings):
+        return settings.variant.endswith("_s2")
+    return isinstance(settings, RetrievalAwareSettings)
 
 
 def needs_of(settings: Settings) -> tuple[str, ...]:

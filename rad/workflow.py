@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rad.evaluation.ruler import plan
-from rad.selector_settings import SHARE_SCORES
+from rad.selector_settings import shares_scores
 from rad.settings import needs_of
 from rad.study import Study
 
@@ -85,7 +85,7 @@ class Helpers:
                 options.append(f"--aligned {self._path('alignment', wildcards.base, mixer)}")
             settings = _json(self.study.mixers[mixer].model_dump(mode="json"))
             options.append(f"--mixer {shlex.quote(settings)}")
-        if "mixer" in needs or self._method(wildcards) in SHARE_SCORES:
+        if "mixer" in needs or shares_scores(self.study.selector_settings[wildcards.selector]):
             options.append(
                 f"--state {self.state(wildcards)}/select-{wildcards.base}-{wildcards.selector}"
             )

@@ -15,6 +15,19 @@ import torch
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4, 4, 2, 8, 64
 
 
+def nano_record() -> dict[str, Any]:
+    """The description of the nano base; skips where it is not shipped."""
+    from rad.models import sources
+
+    settings = {"source": "nano:base", "revision": None, "dtype": "float32"}
+    try:
+        record = sources.describe("base", settings)
+    except sources.ModelError as error:
+        pytest.skip(str(error))
+    assert record is not None
+    return record
+
+
 @functools.cache
 def random_llama(layers: int = LAYERS, seed: int = 0, bias: bool = False) -> Any:
     """A random Llama whose weights are large enough for its layers to matter."""

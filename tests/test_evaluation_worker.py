@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cpu_time import cpu_seconds
 
 from rad.evaluation.scoring import _worker_main, worker
 from rad.evaluation.scoring.worker import FunctionWorker, WorkerError
@@ -120,9 +120,9 @@ def test_names_are_those_of_the_benchmark_and_of_no_more(limited: FunctionWorker
     ],
 )
 def test_nothing_else_is_a_call(limited: FunctionWorker, call: str) -> None:
-    started = time.monotonic()
+    started = cpu_seconds()
     assert limited.judge(SAME, call, "1") == "refused"
-    assert time.monotonic() - started < 20
+    assert cpu_seconds() - started < 20
 
 
 @pytest.mark.parametrize(

@@ -185,24 +185,28 @@ def test_a_command_that_does_not_exist_takes_nothing() -> None:
     assert "no-such-command: command not found" in done.stderr
 
 
-def test_a_block_holds_devices_and_gives_them_back(started: list[subprocess.Popen[str]]) -> None:
-    with gpu.devices(2) as ids:
-        assert ids == ["0", "1"]
-        job = _job_outside(started)
-        _waits(job)
-        with pytest.raises(ValueError, match="already holds devices 0,1: ask once"):
-            gpu.devices(1).__enter__()
-    assert gpu.HELD not in os.environ
-    assert _seen(job) == ["0"]
+def test_a_job_asks_once(started: list[subprocess.Popen[str]]) -> None:
+    again = " ".join(_command(1, "true"))
+    holder = _job(started, 2, f"{again}; exec sleep 60")
+    assert _seen(holder) == ["0", "1"]
+    assert holder.stderr is not None
+    assert "already holds devices 0,1: ask once" in holder.stderr.readline()
+    other = _job(started, 1)  # of another shell
+    _waits(other)
+    holder.kill()
+    assert _seen(other) == ["0"]
 
 
-def _job_outside(started: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
-    """A job that another shell starts: it does not know what this process holds."""
-    own = os.environ.pop(gpu.HELD)
+def test_locks_are_for_every_user_of_the_folder(
+    started: list[subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    before = os.umask(0o077)
     try:
-        return _job(started, 1)
+        assert _seen(_job(started, 1)) == ["0"]
     finally:
-        os.environ[gpu.HELD] = own
+        os.umask(before)
+    for name in ("queue.lock", "0.lock"):
+        assert (tmp_path / "locks" / name).stat().st_mode & 0o777 == 0o666
 
 
 def test_where_ids_come_from(monkeypatch: pytest.MonkeyPatch) -> None:

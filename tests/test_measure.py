@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
 from distillation_fixture import CONTEXT, job, random_corpus
 
-from rad.distillation import measure
+from rad.distillation import chunked, measure
 from rad.distillation.measure import FORWARD_TOKENS, HeldOut
 from rad.estimate import memory
 
@@ -32,3 +33,6 @@ def test_parts_of_few_tokens_give_the_same_figures(
 def test_the_estimate_knows_how_much_is_measured_at_once() -> None:
     assert memory.MEASURE_FORWARD == FORWARD_TOKENS
     assert memory.MEASURE_TOKENS == measure.MOST_TOKENS
+    assert memory.CHUNK_ELEMENTS == {"cpu": chunked.CPU_ELEMENTS, "cuda": chunked.GPU_ELEMENTS}
+    for name, value in (("rows", memory.MEASURE_ROWS), ("batch_size", memory.MEASURE_BATCH)):
+        assert inspect.signature(HeldOut).parameters[name].default == value

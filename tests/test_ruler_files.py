@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,7 +183,10 @@ def test_the_verb_makes_and_keeps(
     assert all("kept" in line for line in capsys.readouterr().out.splitlines()[:-1])
     assert contents(tmp_path / "out") == before
     model = tmp_path / "source.json"
-    model.write_text(json.dumps({"source": str(tokenizer), "revision": None}))
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tokenizer, checkpoint)
+    (checkpoint / "config.json").write_text("{}")
+    model.write_text(json.dumps({"source": str(checkpoint), "revision": None}))
     rad_ruler("--model", model, *shared[2:], "--task", "vt", "--length", 1024, "--samples", 2)
     assert capsys.readouterr().out.startswith("vt 1024: 2 documents, filled 9")
     with pytest.raises(ValueError, match=r"hotpotqa/hotpot_dev_distractor_v1\.json"):

@@ -21,7 +21,7 @@ from rad.selection.layer_moves import NoAttention, Trunk, replaced, silenced, te
 from rad.selection.recall_ablation import answer_score
 from rad.selection.smart import violation
 from rad.settings import SELECTOR_SETTINGS, Mamba2Settings
-from tests.selection_models import random_llama, random_rows
+from tests.selection_models import nano_record, random_llama, random_rows
 
 MIXER = Mamba2Settings().model_dump(mode="json")
 # --- one layer changed ----------------------------------------------------------------------
@@ -258,13 +258,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from rad.models import sources
     from rad.settings import AlignmentSettings, CorpusSettings
 
-    try:
-        record = sources.describe(
-            "base", {"source": "nano:base", "revision": None, "dtype": "float32"}
-        )
-    except sources.ModelError as error:
-        pytest.skip(str(error))
-    assert record is not None
+    record = nano_record()
     folder = tmp_path_factory.mktemp("nano")
     tokenizer = sources.load_tokenizer("nano:base")
     corpus = CorpusSettings(

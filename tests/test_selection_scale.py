@@ -16,6 +16,7 @@ import pytest
 import retrieval_fixture
 import torch
 from pydantic import ValidationError
+from selection_models import nano_record
 from test_selection_kl_guided import CONTEXT, LAYERS, Inputs, report_of
 
 from rad.distillation import losses, speed
@@ -47,7 +48,7 @@ def inputs(tmp_path: Path) -> Inputs:
 def no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of one step are large already."""
     monkeypatch.setattr(candidates, "SHARED_LOGITS", STEP)
-    monkeypatch.setattr(swap_score, "WHOLE_LOGITS", STEP)
+    monkeypatch.setattr(swap_score, "SHARED_LOGITS", STEP)
 
 
 def scores(inputs: Inputs, **chosen: Any) -> list[float]:
@@ -308,13 +309,7 @@ def nano(tmp_path: Path) -> dict[str, Any]:
     from rad.models import sources
     from rad.settings import CorpusSettings, Mamba2Settings
 
-    try:
-        record = sources.describe(
-            "base", {"source": "nano:base", "revision": None, "dtype": "float32"}
-        )
-    except sources.ModelError as error:
-        pytest.skip(str(error))
-    assert record is not None
+    record = nano_record()
     corpus = CorpusSettings(source="nano", tokens=8192, held_out_tokens=2048, context=64, seed=11)
     build("c", corpus, sources.load_tokenizer("nano:base"), tmp_path / "corpus")
     mixer = Mamba2Settings(chunk=64).model_dump()

@@ -22,7 +22,7 @@ from distillation_fixture import ROWS, job, random_corpus, untimed, weights
 from teacher_driver import SETTINGS, teacher, writer
 
 from rad.data.corpus import Corpus
-from rad.distillation import loop
+from rad.distillation import loop, shards
 from rad.distillation.batches import Batches
 from rad.distillation.shards import row_order
 from rad.distillation.stored import StoredError, StoredOutputs
@@ -267,6 +267,20 @@ def test_the_order_moves_rows_and_changes_none(corpus: Corpus, tmp_path: Path, k
 # --- reading while it is written ------------------------------------------------------------
 
 
+class Clock:
+    """Time for who waits: what has to happen meanwhile happens whenever it sleeps."""
+
+    def __init__(self, meanwhile: Callable[[], object]) -> None:
+        self.now, self.meanwhile = 0.0, meanwhile
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.meanwhile()
+
+
 def trained(corpus: Corpus, stored: StoredTeacher) -> tuple[list[Any], dict[str, torch.Tensor]]:
     """Curve and weights of a student of stored outputs."""
     student = job(corpus, teacher=stored, vocabulary=stored.vocabulary)
@@ -280,6 +294,7 @@ def test_a_student_that_waits_for_a_slow_teacher_becomes_the_same(
     kind: str,
     capfd: pytest.CaptureFixture[str],
     driver: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
     writer(corpus.folder, out, kind).start()
@@ -288,9 +303,15 @@ def test_a_student_that_waits_for_a_slow_teacher_becomes_the_same(
     early = StoredTeacher(out, corpus, vocab_size=96, wait_minutes=5)
     started: list[int] = []
     command = (corpus.folder, out, kind, 0, 1, 0.05)
-    late = threading.Timer(1.0, lambda: started.append(driver(*command)))
-    late.start()
-    curve, student = trained(corpus, early)
+
+    def teach() -> None:
+        if not started:  # the student waits already
+            started.append(driver(*command))
+        time.sleep(0.05)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "time", Clock(teach))
+        curve, student = trained(corpus, early)
     assert driver(started[0]) == 0
     said = capfd.readouterr().err
     assert "teacher outputs: waiting for shard train-" in said
@@ -318,7 +339,9 @@ def test_a_teacher_that_does_not_come_is_given_up(corpus: Corpus, tmp_path: Path
     stored.read("held_out", tokens, range(6))
 
 
-def test_waiting_goes_on_as_long_as_shards_come(corpus: Corpus, tmp_path: Path) -> None:
+def test_waiting_goes_on_as_long_as_shards_come(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shards come more often than the limit, and the wanted one only after several limits."""
     out = tmp_path / "out"
     whole = tmp_path / "whole"
@@ -326,21 +349,21 @@ def test_waiting_goes_on_as_long_as_shards_come(corpus: Corpus, tmp_path: Path) 
     writer(corpus.folder, out).start()
     last = sorted(whole.glob("train-*.json"))[-1]
     limit = 1.2
+    coming = iter(sorted(whole.glob("*-*[0-9].json"), key=lambda path: path == last)[-8:])
 
     def deliver() -> None:
-        for record in sorted(whole.glob("*-*[0-9].json"), key=lambda path: path == last)[-8:]:
-            time.sleep(limit / 3)
-            for path in whole.glob(f"{record.stem}.*.npy"):
-                shutil.copyfile(path, out / path.name)
-            (out / record.name).write_bytes(record.read_bytes())
+        record = next(coming)
+        for path in whole.glob(f"{record.stem}.*.npy"):
+            shutil.copyfile(path, out / path.name)
+        (out / record.name).write_bytes(record.read_bytes())
 
     stored = StoredOutputs(out, wait_minutes=limit / 60)
-    began = time.monotonic()
-    delivery = threading.Thread(target=deliver)
-    delivery.start()
-    found = stored.read("train", tokens_of(corpus, [39]), [39])["hidden"]
-    assert time.monotonic() - began > 2 * limit
-    delivery.join()
+    clock = Clock(deliver)
+    assert limit > shards.POLL_SECONDS
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "time", clock)
+        found = stored.read("train", tokens_of(corpus, [39]), [39])["hidden"]
+    assert clock.now > 2 * limit and next(coming, None) is None
     complete = StoredOutputs(whole).read("train", tokens_of(corpus, [39]), [39])["hidden"]
     assert torch.equal(found, complete)
 

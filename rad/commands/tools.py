@@ -82,10 +82,12 @@ def kernels(args: argparse.Namespace) -> None:
 
 def select(args: argparse.Namespace) -> None:
     """Choose which attention of a base stays, by any selection method, under a budget."""
+    from rad.distillation import parallel
     from rad.models.store import mixer_settings
     from rad.placement import Budget
     from rad.selection import standalone
 
+    parallel.alone("select")
     if (args.base is None) == (args.model is None):
         raise ValueError("name the base with --base (folder, hub id, nano:NAME) or --model FILE")
     values = {**(args.settings or {}), **standalone.assignments(args.set)}

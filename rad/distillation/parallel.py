@@ -20,6 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -38,6 +39,11 @@ WORLD = "WORLD_SIZE"  # torchrun tells it
 T = TypeVar("T")
 
 
+# The default of torch.distributed, minutes, is less than a process may wait for its own shard of a
+# teacher's outputs, or for a batch of long prompts, while the others wait for it.
+PATIENCE = timedelta(days=1)
+
+
 def started() -> bool:
     """Whether this process is one of several, by what torchrun says."""
     return int(os.environ.get(WORLD, "1")) > 1
@@ -54,7 +60,7 @@ def processes(device: str) -> Iterator[str]:
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     yield device
     # not after an error: the others may be waiting for what will never come
     dist.barrier()

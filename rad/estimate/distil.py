@@ -278,21 +278,21 @@ class Distillation:
         is_self = run.teacher == "self"
         taught = stage.loss == "kl" and stage.kl_weight > 0
         shared = taught and is_self and choice.count == 1
-        dtype = self.dtype(run.base) if choice.dtype == "float32" else choice.dtype
         theirs = "float32" if is_self else self.dtype(run.teacher)
+        narrowed = choice.dtype != self.dtype(run.base)
         return Step(
             student,
             self.base(run.base),
             frozenset(trained),
             -(-rows // choice.count),
             self._time(stage, self.study.corpus),
-            Precision(dtype, self.study.recipes[run.recipe].autocast),
+            Precision(choice.dtype, self.study.recipes[run.recipe].autocast),
             loss=stage.loss,
             unit=stage.unit,
             divergence=stage.divergence,
             both_losses=taught and stage.ce_weight > 0,
             teacher=self.base(run.teacher) if live else None,
-            teacher_dtype="bfloat16" if choice.dtype == "bfloat16" else theirs,
+            teacher_dtype="bfloat16" if narrowed else theirs,
             stored=choice.stored and self._sparse(run),
             first=self._first(student, trained) if shared else 0,
             accumulated=rows < stage.batch_size,

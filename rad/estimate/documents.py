@@ -78,11 +78,10 @@ SETS: dict[str, Documents] = {
 
 
 def documents(task: Any, wanted: int | None, limit: int) -> list[Documents]:
-    """The documents of a task, by length; at most `wanted` each, prompts within `limit` tokens."""
-    return [replace(each, longest=max(1, each.longest)) for each in _of(task, wanted, limit)]
+    """The documents of a task, by length, at most `wanted` each; `limit`: of a block of text.
 
-
-def _of(task: Any, wanted: int | None, limit: int) -> list[Documents]:
+    Other prompts are not cut, here as in the harness.
+    """
     kind = task.kind
     if kind == "perplexity":
         # as the task cuts its text: what one length asks for, no more than there is

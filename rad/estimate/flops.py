@@ -100,7 +100,7 @@ def _longhorn(layer: Layer, time: int) -> Work:
     return Work(2 * scan.forward, 2 * scan.backward)
 
 
-def _window(layer: Layer, time: int, causal: float) -> Work:
+def _window(layer: Layer, time: int) -> Work:
     # with a mask: every score is computed whatever the window
     return softmax(len(layer.owned), layer.shape.head_dim, time, 1.0)
 
@@ -112,7 +112,7 @@ KERNELS: dict[str, Callable[[Layer, int], Work]] = {
     "gla": _gla,
     "mamba": _selective_scan,
     "longhorn": _longhorn,
-    "sliding_window": lambda layer, time: _window(layer, time, 1.0),
+    "sliding_window": _window,
     "skip": lambda layer, time: Work(),
 }
 
@@ -327,7 +327,7 @@ def layerwise(
     return total
 
 
-def orientation(student: Model, base: Model, time: int, *, causal: float = CAUSAL) -> Work:
+def orientation(student: Model, base: Model, time: int) -> Work:
     """Matrix orientation on one row: eager attention in the base, T x T mixing matrices."""
     total = Work(forward(base, time, head=False, causal=1.0))
     for layer in student.layers:

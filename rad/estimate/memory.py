@@ -210,9 +210,8 @@ def _whole(step: Step) -> float:
             if not name.startswith("model.layers."):
                 total += math.prod(size) * BYTES[dtype]
         hybrid = model.mixer is not None
-        for layer in set(map(id, model.layers)):
-            one = next(each for each in model.layers if id(each) == layer)
-            widest = max(widest, _layer_bytes(one, dtype, hybrid))
+        for layer in {id(each): each for each in model.layers}.values():
+            widest = max(widest, _layer_bytes(layer, dtype, hybrid))
     return total + 2 * widest
 
 
@@ -347,7 +346,7 @@ def _step(step: Step) -> list[Memory]:
     # a tied embedding has two gradients, which are added
     embedding = "model.embed_tokens.weight"
     twice = _bytes(step, {embedding} & trained) * (1 + s.tied) if embedding in trained else 0.0
-    found.append(_static(step, "backward", gradients=everything + twice))
+    found.append(_static(step, "optimiser", gradients=everything + twice))
     return found
 
 

@@ -367,11 +367,6 @@ class Model:
             if names is None or name in names
         )
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Kv values cached per token over all layers, times 2 bytes (bfloat16)."""
-        return sum(2 * layer.kv_heads * self.shape.head_dim * 2 for layer in self.layers)
-
     def mixer_names(self) -> set[str]:
         """Names of the new parameters, as `rad.distillation.optimiser.mixer_parameters`."""
         return {

@@ -18,11 +18,11 @@ from rad.estimate.evaluation import scored
 from rad.estimate.jobs import Choice, Hardware, Job, halves, place
 from rad.estimate.memory import Memory, Step, peak
 from rad.estimate.shapes import BYTES, Model
+from rad.selector_settings import SHARED_LOGITS, shares_scores
 from rad.settings import needs_of
 from rad.study import Run, Study
 
 STAGES = ("corpus", "alignment", "teacher outputs", "selection", "distil", "evaluate")
-SHARED_LOGITS = 200_000_000  # as `rad.selection.candidates`, `rad.selection.swap_score`
 
 
 class Estimate(Distillation):
@@ -37,11 +37,11 @@ class Estimate(Distillation):
         self.jobs += [self._teacher(name) for name in study.teacher_outputs if name in taught]
         self.jobs += self._selections()
         self.jobs += [self._distil(run) for run in study.run_table.values()]
-        scores = [(run.id, self.student(run), run.base) for run in study.run_table.values()]
-        scores += [(f"model-{name}", self.base(name), name) for name in study.references]
+        # students are saved, and so loaded, in float32 unless the evaluation says otherwise
+        scores = [(run.id, self.student(run), "float32") for run in study.run_table.values()]
+        scores += [(f"model-{n}", self.base(n), self.dtype(n)) for n in study.references]
         self.jobs += [
-            scored(study.evaluation, hardware, name, model, self.dtype(source))
-            for name, model, source in scores
+            scored(study.evaluation, hardware, name, model, dtype) for name, model, dtype in scores
         ]
 
     @property
@@ -116,9 +116,7 @@ class Estimate(Distillation):
             if not stage.batch_size % rows
         ]
         narrow = self._narrow(start, [base])
-        both = [
-            replace(c, dtype="bfloat16", said=(*c.said, *narrow[0].said)) for c in smaller if narrow
-        ]
+        both = [n for choice in smaller for n in self._narrow(choice, [base])]
         place(job, self.hardware.gpu.memory, start, [*smaller, *narrow, *both], step)
         job.gpu_hours = self.hardware.hours(work, self._bf16(self.dtype(base), settings.autocast))
         return job
@@ -161,9 +159,7 @@ class Estimate(Distillation):
             for rows in halves(settings.batch_size)
         ]
         narrow = self._narrow(start, [name])
-        both = [
-            replace(c, dtype="bfloat16", said=(*c.said, *narrow[0].said)) for c in smaller if narrow
-        ]
+        both = [n for choice in smaller for n in self._narrow(choice, [name])]
         place(job, self.hardware.gpu.memory, start, [*smaller, *narrow, *both, *pieces], memory)
         job.gpus = start.count
         job.gpu_hours = job.gpus * self.hardware.hours(work, self._bf16(self.dtype(name), False))
@@ -182,7 +178,7 @@ class Estimate(Distillation):
         return 5 + (settings.k or 50) / 4 * (width + 1)
 
     def _selections(self) -> list[Job]:
-        """One job per base, selector and budget; KL-guided students are trained once for all."""
+        """One job per base, selector and budget; scores that budgets share are counted once."""
         jobs: dict[tuple[str, str, str], Job] = {}
         trained: set[tuple[str, str]] = set()
         for run in self.study.run_table.values():
@@ -192,9 +188,12 @@ class Estimate(Distillation):
                 continue
             settings = self.study.selector_settings[run.selector]
             job = self._selection(run, settings, run.selector)
+            # what is stopped early, or scored again after every choice, depends on the budget
+            whole = not getattr(settings, "early_stop", False)
             shared = (
-                getattr(settings, "early_stop", None) is False
-                and getattr(settings, "greedy", "") == "one_shot"
+                shares_scores(settings)
+                and whole
+                and (getattr(settings, "greedy", "one_shot") == "one_shot")
             )
             if shared and (run.base, run.selector) in trained:
                 job.tokens = job.flops = job.gpu_hours = job.scratch = 0.0

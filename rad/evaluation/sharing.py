@@ -13,19 +13,18 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from rad.distillation.parallel import PATIENCE
 
 T = TypeVar("T")
 R = TypeVar("R")
 # Batches of a process between two messages: rarer ones even out answers of different lengths, more
 # frequent ones let the others know of a failure sooner.
 _BETWEEN = 4
-# The default of torch.distributed, minutes, is less than some batches of long prompts take.
-_PATIENCE = timedelta(days=1)
 
 
 class PeerError(ValueError):
@@ -62,7 +61,7 @@ def _group() -> Any:
     world = dist.group.WORLD
     if world not in _groups:
         _groups.clear()
-        _groups[world] = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _groups[world] = dist.new_group(backend="gloo", timeout=PATIENCE)
     return _groups[world]
 
 

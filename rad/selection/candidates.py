@@ -40,10 +40,9 @@ from rad.mixers import MIXERS
 from rad.models.convert import convert
 from rad.placement import Placement
 from rad.selection.base import SelectionContext, SelectionError, Spent
+from rad.selector_settings import SHARED_LOGITS
 from rad.settings import KLGuidedSettings, StageSettings
 
-# the base's logits are kept for all candidates up to this many values (4 bytes each)
-SHARED_LOGITS = 200_000_000
 # settings of which a candidate's score is a function
 SCORED_BY = (
     *("tokens", "batch_size", "accumulate", "learning_rate", "groups", "schedule"),

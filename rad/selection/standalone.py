@@ -24,7 +24,7 @@ from rad.models.sources import describe, load, load_tokenizer
 from rad.placement import Budget, Placement, first_error
 from rad.selection.base import SelectionContext, SelectionError, head_bytes_of, select
 from rad.selection.reuse import alone
-from rad.selector_settings import SHARE_SCORES
+from rad.selector_settings import shares_scores
 from rad.settings import (
     SELECTOR_SETTINGS,
     AlignmentSettings,
@@ -86,7 +86,7 @@ def run(
 
     Jobs of one state folder take turns where they have scores to share.
     """
-    if state is not None and method in SHARE_SCORES:
+    if state is not None and shares_scores(settings):
         # before the weights are loaded: who waits needs no memory
         with alone(state, _say):
             return _run(method, settings, record, budget, corpus, aligned, mixer, state, device)

@@ -19,9 +19,7 @@ from rad.distillation.layerwise import attention_pairs
 from rad.distillation.targets import Targets, head_of
 from rad.selection.base import CostMeter
 from rad.selection.prefix import Prefix
-
-# values of a batch's logits up to which they are formed at once; above, a few tokens at a time
-WHOLE_LOGITS = 200_000_000
+from rad.selector_settings import SHARED_LOGITS
 
 
 @torch.no_grad()
@@ -110,7 +108,7 @@ class SwapScore:
     def _target(base: Prefix) -> Tensor | Targets:
         """What the base says: logits (B,T,V), or hidden states where those would be large."""
         head = head_of(base.model).detach()
-        if base.output[..., 0].numel() * head.vocabulary <= WHOLE_LOGITS:
+        if base.output[..., 0].numel() * head.vocabulary <= SHARED_LOGITS:
             return base.logits(base.output)
         return Targets("hidden", hidden=base.model.get_decoder().norm(base.output), head=head)
 

@@ -43,12 +43,15 @@ rule teacher_start:
         model=HELPERS.either(HELPERS.teachers_in_steps),
     priority: 40
     threads: 1
+    resources:
+        gpu=0,
     params:
         options=HELPERS.teacher_outputs_options,
         corpus=subpath(input.corpus, parent=True),
         folder=subpath(output[0], parent=True),
     shell:
-        "exec rad --threads {threads} teacher-outputs --step start --model {input.model} "
+        "exec rad --threads {threads} --gpus {resources.gpu} teacher-outputs --step start "
+        "--model {input.model} "
         "--corpus {params.corpus} {params.options} --output {params.folder} >> {log} 2>&1"
 
 
